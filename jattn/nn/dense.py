@@ -1,0 +1,147 @@
+"""Dense causal attention as a module, the baseline."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jattn.nn import cache as caches
+from jattn.nn.rope import rope
+from jattn.ops import _common
+from jattn.ops.dense import attend_positions, dense_attention
+
+
+class DenseAttention(nn.Module):
+    """Causal multi-head attention with grouped queries and rotary positions.
+
+    Attributes:
+      num_heads: Query heads N.
+      num_kv_heads: Key-value heads K, a divisor of N; N if None.
+      head_dim: Width H of a head.
+      window: Tokens a query sees, itself included; None for all before it. With a
+        window the cache is a ring of that many tokens.
+      rope_base: Base of the rotary embedding; None for no positions.
+      dtype: Of the computation; that of the input and parameters if None.
+      param_dtype: Of the parameters.
+      implementation: See `jattn.dense_attention`.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    window: int | None = None
+    rope_base: float | None = 10_000.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    implementation: _common.Implementation | None = None
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: Any = jnp.float32
+    ) -> caches.KVCache:
+        """An empty cache for up to max_length tokens a row."""
+        capacity = min(max_length, self.window or max_length)
+        kv_heads = self.num_kv_heads or self.num_heads
+        return caches.KVCache.zeros(
+            batch_size, capacity, kv_heads, self.head_dim, self.head_dim, dtype
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        cache: caches.KVCache | None = None,
+        lengths: jax.Array | None = None,
+    ) -> Any:
+        """Mixes x along the sequence.
+
+        Args:
+          x: [B, T, features].
+          segment_ids: int [B, T], the document of each token; not with a cache.
+          cache: What came before, from init_cache or an earlier call.
+          lengths: int32 [B], how many of the T tokens of each row are real; the rest
+            is padding on the right and leaves no trace in the cache. All if None.
+            Only with a cache.
+
+        Returns:
+          [B, T, features], and the new cache if one was given.
+        """
+        caches.check_call(segment_ids, cache, lengths)
+        b, t, features = x.shape
+        kv_heads = self.num_kv_heads or self.num_heads
+        _common.group_size(self.num_heads, kv_heads)
+
+        def project(heads, name):
+            return nn.DenseGeneral(
+                (heads, self.head_dim),
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )(x)
+
+        query = project(self.num_heads, "query")  # [B, T, N, H]
+        key = project(kv_heads, "key")  # [B, T, K, H]
+        value = project(kv_heads, "value")  # [B, T, K, H]
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        else:
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+        if self.rope_base is not None:
+            query = rope(query, positions, self.rope_base)
+            key = rope(key, positions, self.rope_base)
+
+        if cache is None:
+            out = dense_attention(
+                query,
+                key,
+                value,
+                window=self.window,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+            )
+        else:
+            out, cache = self._attend_cached(query, key, value, positions, cache)
+            cache = cache.replace(length=cache.length + lengths)
+        out = nn.DenseGeneral(
+            features,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="out",
+        )(out)
+        return out if cache is None else (out, cache)
+
+    def _attend_cached(self, query, key, value, positions, cache):
+        """Attention to the cache and the new tokens; the cache with those written."""
+        b, capacity = cache.key.shape[:2]
+        if self.window is None:
+            key = caches.write(cache.key, key, positions)
+            value = caches.write(cache.value, value, positions)
+            keys, values = key, value
+            key_positions = jnp.broadcast_to(jnp.arange(capacity), (b, capacity))
+        else:
+            # New tokens may push out what the first of them still sees, so the
+            # queries read the old ring and the new tokens side by side.
+            held = caches.ring_positions(cache.length, capacity)
+            keys = jnp.concatenate([cache.key, key.astype(cache.key.dtype)], axis=1)
+            values = jnp.concatenate(
+                [cache.value, value.astype(cache.value.dtype)], axis=1
+            )
+            key_positions = jnp.concatenate([held, positions], axis=1)
+            key = caches.write_ring(cache.key, key, positions)
+            value = caches.write_ring(cache.value, value, positions)
+        out, _ = attend_positions(
+            query,
+            keys.astype(query.dtype),
+            values.astype(query.dtype),
+            query_positions=positions,
+            key_positions=key_positions,
+            window=self.window,
+            scale=_common.default_scale(None, self.head_dim),
+        )
+        return out, cache.replace(key=key, value=value)

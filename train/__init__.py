@@ -1,0 +1,1 @@
+"""Training, evaluation and comparison; import this package as ``jattn.train``."""
