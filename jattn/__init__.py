@@ -2,8 +2,8 @@
 
 from jattn import nn, ops
 from jattn.ops import *  # noqa: F403
-from jattn.ops import __all__ as _operations
 
 __version__ = "0.1.0"
 
-__all__ = [*_operations, "nn", "ops"]
+__all__ = ["nn", "ops"]
+__all__ += ops.__all__

@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from flax import struct
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """Keys and values of one layer.
 
     Attributes:
