@@ -104,8 +104,9 @@ class DenseAttention(nn.Module):
                 implementation=self.implementation,
             )
         else:
-            out, cache = self._attend_cached(query, key, value, positions, cache)
-            cache = cache.replace(length=cache.length + lengths)
+            out, cache = self._attend_cached(
+                query, key, value, positions, lengths, cache
+            )
         out = nn.DenseGeneral(
             features,
             axis=(-2, -1),
@@ -116,7 +117,7 @@ class DenseAttention(nn.Module):
         )(out)
         return out if cache is None else (out, cache)
 
-    def _attend_cached(self, query, key, value, positions, cache):
+    def _attend_cached(self, query, key, value, positions, lengths, cache):
         """Attention to the cache and the new tokens; the cache with those written."""
         b, capacity = cache.key.shape[:2]
         if self.window is None:
@@ -144,4 +145,5 @@ class DenseAttention(nn.Module):
             window=self.window,
             scale=_common.default_scale(None, self.head_dim),
         )
-        return out, cache.replace(key=key, value=value)
+        length = cache.length + lengths
+        return out, cache.replace(key=key, value=value, length=length)
