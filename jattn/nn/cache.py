@@ -91,6 +91,26 @@ def ring_positions(length: jax.Array, size: int) -> jax.Array:
     return jnp.where(held >= 0, held, -1)
 
 
+def after_ring(ring: jax.Array, length: jax.Array, new: jax.Array) -> jax.Array:
+    """The tokens a ring holds, oldest first, and after them the new ones.
+
+    Slot j of the result is position ``length - W + j``; it means nothing where that is
+    negative.
+
+    Args:
+      ring: [B, W, ...].
+      length: int32 [B], tokens seen so far.
+      new: [B, T, ...].
+
+    Returns:
+      [B, W + T, ...] in new's dtype, rounded to ring's.
+    """
+    size = ring.shape[1]
+    rows = jnp.arange(ring.shape[0])[:, None]
+    held = ring[rows, (length[:, None] + jnp.arange(size)) % size]
+    return jnp.concatenate([held, new.astype(ring.dtype)], axis=1).astype(new.dtype)
+
+
 def all_real(lengths: jax.Array | None, batch: int, count: int) -> jax.Array:
     """Lengths as int32 [B]; every one of the count new tokens is real if None."""
     if lengths is None:

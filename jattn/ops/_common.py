@@ -116,6 +116,18 @@ def check_segment_ids(segment_ids: jax.Array | None, batch: int, length: int) ->
         )
 
 
+def document_starts(segment_ids: jax.Array) -> jax.Array:
+    """Position int32 [B, S] of the first token of each token's document.
+
+    Args:
+      segment_ids: int [B, S]; a document is a run of equal ids.
+    """
+    before = jnp.pad(segment_ids[:, :-1], [(0, 0), (1, 0)])
+    positions = jnp.arange(segment_ids.shape[1], dtype=jnp.int32)
+    starts = jnp.where(segment_ids != before, positions, 0)
+    return jax.lax.cummax(starts, axis=1)
+
+
 def check_attention(
     query: jax.Array,
     key: jax.Array,
@@ -257,9 +269,31 @@ def map_query_chunks(
     Returns:
       The pytree of function, with arrays [B, T, ...].
     """
+    _, out = scan_query_chunks(
+        lambda carry, *chunks: (carry, function(*chunks)), (), *arrays, chunk=chunk
+    )
+    return out
+
+
+def scan_query_chunks(
+    function: Callable[..., Any], carry: Any, *arrays: jax.Array, chunk: int
+) -> tuple[Any, Any]:
+    """Like map_query_chunks, with a state that goes from each chunk to the next.
+
+    Args:
+      function: Takes the carry and chunks [B, chunk, ...] of arrays; returns the next
+        carry and a pytree of arrays [B, chunk, ...]. The zeros that pad the last
+        chunk reach the final carry.
+      carry: What the first chunk gets.
+      *arrays: [B, T, ...].
+      chunk: Length of a chunk.
+
+    Returns:
+      The last carry, and the pytree of function with arrays [B, T, ...].
+    """
     length = arrays[0].shape[1]
     if length <= chunk:
-        return function(*arrays)
+        return function(carry, *arrays)
     count = -(-length // chunk)
 
     def split(x):  # [B, T, ...] -> [count, B, chunk, ...]
@@ -270,8 +304,9 @@ def map_query_chunks(
         x = jnp.moveaxis(x, 0, 1)
         return x.reshape(x.shape[0], count * chunk, *x.shape[3:])[:, :length]
 
-    chunks = jax.lax.map(
-        jax.checkpoint(lambda split_arrays: function(*split_arrays)),
+    carry, chunks = jax.lax.scan(
+        jax.checkpoint(lambda carry, chunks: function(carry, *chunks)),
+        carry,
         tuple(split(x) for x in arrays),
     )
-    return jax.tree.map(join, chunks)
+    return carry, jax.tree.map(join, chunks)

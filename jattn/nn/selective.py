@@ -1,0 +1,218 @@
+"""Selective Attention as a module, with a cache that shrinks to a budget."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from jattn.nn import cache as caches
+from jattn.nn.rope import rope
+from jattn.ops import _common
+from jattn.ops.selective import attend_positions, selective_attention
+
+
+class SelectiveCache(struct.PyTreeNode):
+    """Keys, values and selection sums of one layer.
+
+    Attributes:
+      key: [B, S, K, H], after the rotary embedding.
+      value: [B, S, K, H].
+      mask: fp32 [B, S] (fp64 for an fp64 cache), row F of the next query: how
+        strongly the queries so far selected each key.
+      position: int32 [B, S] of the token in each slot, -1 if there is none.
+      length: int32 [B], tokens seen so far.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    mask: jax.Array
+    position: jax.Array
+    length: jax.Array
+
+
+class SelectiveAttention(nn.Module):
+    """Multi-head attention in which head 0 decides what later queries forget.
+
+    Selection has no parameters of its own. Where the collection "losses" is mutable,
+    the module sows "selective_memory" into it: the mean over the batch of
+    ``max_i M_i / T`` (see `jattn.selective_memory`), to be averaged over layers and
+    added to the loss with a small weight (0.1 in the paper) so that the model learns
+    to need few keys. Padding counts like any other document of its row.
+
+    Attributes:
+      num_heads: Query heads N.
+      num_kv_heads: Key-value heads K, a divisor of N; N if None.
+      head_dim: Width H of a head.
+      budget: Tokens a query holds, itself included, and slots of the cache; the
+        most forgotten are dropped for good. None to keep all. The paper trains
+        without one and then searches for the smallest budget of each layer.
+      memory_tau: F from which a key counts as forgotten in the memory loss.
+      rope_base: Base of the rotary embedding; None for no positions.
+      dtype: Of the computation; that of the input and parameters if None.
+      param_dtype: Of the parameters.
+      implementation: See `jattn.selective_attention`.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    budget: int | None = None
+    memory_tau: float = 1.0
+    rope_base: float | None = 10_000.0
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    implementation: _common.Implementation | None = None
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: Any = jnp.float32
+    ) -> SelectiveCache:
+        """An empty cache for up to max_length tokens a row, of `budget` slots."""
+        slots = (batch_size, min(max_length, self.budget or max_length))
+        shape = (*slots, self.num_kv_heads or self.num_heads, self.head_dim)
+        return SelectiveCache(
+            key=jnp.zeros(shape, dtype),
+            value=jnp.zeros(shape, dtype),
+            mask=jnp.zeros(slots, jnp.promote_types(jnp.float32, dtype)),
+            position=jnp.full(slots, -1, jnp.int32),
+            length=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        cache: SelectiveCache | None = None,
+        lengths: jax.Array | None = None,
+    ) -> Any:
+        """Mixes x along the sequence.
+
+        Args:
+          x: [B, T, features].
+          segment_ids: int [B, T], the document of each token; not with a cache.
+          cache: What came before, from init_cache or an earlier call.
+          lengths: int32 [B], how many of the T tokens of each row are real; the rest
+            is padding on the right and leaves no trace in the cache. All if None.
+            Only with a cache.
+
+        Returns:
+          [B, T, features], and the new cache if one was given.
+        """
+        caches.check_call(segment_ids, cache, lengths)
+        b, t, features = x.shape
+        kv_heads = self.num_kv_heads or self.num_heads
+        _common.group_size(self.num_heads, kv_heads)
+
+        def project(heads, name):
+            return nn.DenseGeneral(
+                (heads, self.head_dim),
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )(x)
+
+        query = project(self.num_heads, "query")  # [B, T, N, H]
+        key = project(kv_heads, "key")  # [B, T, K, H]
+        value = project(kv_heads, "value")  # [B, T, K, H]
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        else:
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+        if self.rope_base is not None:
+            query = rope(query, positions, self.rope_base)
+            key = rope(key, positions, self.rope_base)
+
+        if cache is None:
+            out = self._attend(query, key, value, segment_ids)
+        elif self.budget is None:
+            out, cache = _attend_cached(query, key, value, positions, cache)
+        else:
+            out, cache = _attend_pruned(query, key, value, positions, cache)
+        out = nn.DenseGeneral(
+            features,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="out",
+        )(out)
+        return out if cache is None else (out, cache)
+
+    def _attend(self, query, key, value, segment_ids):
+        """Attention within the call; sows the memory loss where it is collected."""
+        collect = self.is_mutable_collection("losses") and not self.is_initializing()
+        out = selective_attention(
+            query,
+            key,
+            value,
+            budget=self.budget,
+            memory_tau=self.memory_tau if collect else None,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        if collect:
+            out, memory = out
+            worst = jnp.max(memory, axis=-1)  # [B]
+            self.sow("losses", "selective_memory", jnp.mean(worst) / memory.shape[1])
+        return out
+
+
+def _attend_cached(query, key, value, positions, cache):
+    """Attention to the cache with the new tokens written at their positions."""
+    cache = cache.replace(
+        key=caches.write(cache.key, key, positions),
+        value=caches.write(cache.value, value, positions),
+        position=caches.write(cache.position, positions, positions),
+        length=cache.length + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
+    )
+    return _attend_slots(query, positions, cache)
+
+
+def _attend_pruned(query, key, value, positions, cache):
+    """Attention token by token, each in the slot of what is forgotten for it."""
+
+    def step(cache, token):
+        query, key, value, position = token  # [B, 1, N, H], ..., [B, 1]
+        capacity = cache.position.shape[1]
+        # The slots fill up in order. Then a token takes the one with the largest F,
+        # the oldest if there are several, but never that of the first token.
+        forgotten = jnp.where(cache.position > 0, cache.mask, -jnp.inf)
+        most = forgotten == jnp.max(forgotten, axis=1, keepdims=True)
+        victim = jnp.argmin(jnp.where(most, cache.position, cache.length[:, None]), 1)
+        slot = jnp.where(cache.length < capacity, cache.length, victim)[:, None]
+        slot = jnp.where(position < 0, -1, slot)  # [B, 1]
+        cache = cache.replace(
+            key=caches.write(cache.key, key, slot),
+            value=caches.write(cache.value, value, slot),
+            mask=caches.write(cache.mask, jnp.zeros(slot.shape), slot),
+            position=caches.write(cache.position, position, slot),
+            length=cache.length + (position[:, 0] >= 0),
+        )
+        out, cache = _attend_slots(query, position, cache)
+        return cache, out
+
+    tokens = jax.tree.map(
+        lambda x: jnp.moveaxis(x, 1, 0)[:, :, None], (query, key, value, positions)
+    )
+    cache, out = jax.lax.scan(step, cache, tokens)
+    return jnp.moveaxis(out[:, :, 0], 0, 1), cache
+
+
+def _attend_slots(query, positions, cache):
+    """Attention of queries to the slots of the cache; the cache with F after them."""
+    out, _, _, mask = attend_positions(
+        query,
+        cache.key.astype(query.dtype),
+        cache.value.astype(query.dtype),
+        cache.mask,
+        query_positions=positions,
+        query_starts=jnp.zeros_like(positions),
+        key_positions=cache.position,
+        scale=_common.default_scale(None, query.shape[-1]),
+    )
+    return out, cache.replace(mask=mask.astype(cache.mask.dtype))

@@ -1,0 +1,247 @@
+"""jattn.nn.NativeSparseAttention: its decoding, its cache and its errors."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from jattn.nn.nsa import WindowMLP
+from jattn.nn.rope import rope
+from tests.nn import mixers
+from tests.support import (
+    assert_equal_up_to_rounding,
+    documents,
+    normal,
+    temporary_bytes,
+)
+
+SIZES = {
+    "kernel_size": 4,
+    "stride": 2,
+    "block_size": 4,
+    "num_blocks": 4,
+    "window_size": 3,
+}
+OPTIONS = [
+    {},
+    {"rope_compressed": "before", "stride": 4, "block_size": 8, "num_kv_heads": 1},
+    {"compression": "mean", "rope_base": None, "window_size": 100, "value_dim": 6},
+]
+
+
+def make(**options):
+    defaults = {"num_heads": 4, "head_dim": 8, "num_kv_heads": 2}
+    return jattn.nn.NativeSparseAttention(**defaults | SIZES | options)
+
+
+@pytest.mark.parametrize("order", ["after", "before"])
+def test_parallel_form_is_made_of_the_ops(order):
+    """Pooling, roping, selection and gates put together by hand."""
+    (x,) = normal(0, (2, 27, 16))
+    mixer = make(compression="mean", rope_compressed=order)
+    variables = mixers.compiled_init(mixer, x)
+    positions = jnp.tile(jnp.arange(27), (2, 1))
+    turn = functools.partial(rope, base=10_000.0)
+
+    @jax.jit
+    def by_hand(kernels, x):
+        new = {
+            name: jnp.einsum("btf,fnh->btnh", x, kernel)
+            for name, kernel in kernels.items()
+            if name != "out"
+        }
+        key, value = new["compressed_key"], new["compressed_value"]
+        key_cmp, value_cmp = (
+            jattn.nsa_windows(x, kernel_size=4, stride=2).mean(axis=2)
+            for x in (turn(key, positions) if order == "before" else key, value)
+        )
+        if order == "after":
+            key_cmp = turn(key_cmp, positions[:, :24:2])
+        out = jattn.native_sparse_attention(
+            turn(new["query"], positions),
+            (key_cmp, value_cmp),
+            (turn(new["selected_key"], positions), new["selected_value"]),
+            (turn(new["window_key"], positions), new["window_value"]),
+            jax.nn.sigmoid(new["gate"]),
+            **SIZES,
+        )
+        return jnp.einsum("btnv,nvf->btf", out, kernels["out"])
+
+    kernels = {name: p["kernel"] for name, p in variables["params"].items()}
+    out = mixers.compiled_apply(mixer)(variables, x)
+    assert_equal_up_to_rounding(out, by_hand(kernels, x))
+
+
+def test_learned_compression_is_an_mlp_of_the_window_and_its_positions():
+    (windows,) = normal(0, (2, 3, 4, 2, 5))
+    mlp = WindowMLP()
+    params = mlp.init(jax.random.key(0), windows)
+    shapes = jax.tree.map(jnp.shape, params["params"])
+    assert shapes == {"position": (4, 2, 5), "hidden": (2, 4, 5, 5), "out": (2, 5, 5)}
+    position, hidden, out = (
+        np.asarray(params["params"][name], np.float64)
+        for name in ("position", "hidden", "out")
+    )
+    expected = np.zeros((2, 3, 2, 5))
+    for row, i, head in np.ndindex(2, 3, 2):
+        placed = np.asarray(windows)[row, i, :, head] + position[:, head]
+        inner = placed.reshape(-1) @ hidden[head].reshape(-1, 5)
+        expected[row, i, head] = inner / (1 + np.exp(-inner)) @ out[head]
+    assert_equal_up_to_rounding(mlp.apply(params, windows), expected)
+
+
+def test_decode_equals_parallel_in_any_split():
+    mixers.check_decode_equals_parallel(
+        make(), length=29, splits=((29,), (1,) * 29, (11, 1, 1, 11, 1, 1, 1, 1, 1))
+    )
+
+
+@pytest.mark.parametrize("options", OPTIONS[1:])
+def test_decode_equals_parallel_with(options):
+    mixers.check_decode_equals_parallel(
+        make(**options), length=29, splits=((11, *(1,) * 7, 11),)
+    )
+
+
+def test_rows_of_different_length():
+    mixers.check_ragged_decode(make(), length=30, lengths=(21, 6))
+
+
+def test_decoding_selects_the_same_blocks_and_compiles_a_step_once():
+    (x,) = normal(0, (2, 40, 16))
+    mixer = make()
+    params = mixers.compiled_init(mixer, x)
+    apply = mixers.compiled_apply(mixer, mutable=["intermediates"])
+
+    def selection(sown):
+        return sown["intermediates"]["block_indices"][0]
+
+    _, sown = apply(params, x)
+    expected = selection(sown)
+    assert expected.shape == (2, 40, 2, 4)
+    cache = mixer.init_cache(2, 40)
+    (_, cache), sown = apply(params, x[:, :17], cache=cache)
+    chosen, compiled = [selection(sown)], apply._cache_size()
+    for t in range(17, 40):
+        (_, cache), sown = apply(params, x[:, t : t + 1], cache=cache)
+        chosen.append(selection(sown))
+    np.testing.assert_array_equal(jnp.concatenate(chosen, axis=1), expected)
+    assert apply._cache_size() == compiled + 1
+
+
+def test_padding_leaves_no_trace():
+    """Whatever stands behind the real tokens, the cache is the same bit for bit."""
+    x, noise = normal(0, (2, 19, 16), (2, 19, 16))
+    mixer = make()
+    params = mixers.compiled_init(mixer, x)
+    lengths = jnp.asarray([13, 8])
+    real = jnp.arange(19)[:, None] < lengths[:, None, None]
+    apply = mixers.compiled_apply(mixer)
+    (_, one), (_, other) = (
+        apply(
+            params,
+            jnp.where(real, x, padding),
+            cache=mixer.init_cache(2, 32),
+            lengths=lengths,
+        )
+        for padding in (noise, 1e6)
+    )
+    jax.tree.map(np.testing.assert_array_equal, one, other)
+
+
+def test_sequences_shorter_than_a_window():
+    mixers.check_decode_equals_parallel(make(), length=3, splits=((3,), (1, 1, 1)))
+    assert make().init_cache(1, 3).compressed[0].shape == (1, 0, 2, 8)
+
+
+def test_causality():
+    mixers.check_causality(make(), length=29, cut=17)
+
+
+def test_gradients_reach_every_parameter():
+    mixers.check_gradients_reach_every_parameter(make(), length=29)
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_packed_documents(options):
+    """One document never changes another, and is as it would be in a row alone."""
+    x, y = normal(0, (2, 40, 16), (2, 40, 16))
+    mixer = make(**options)
+    params = mixers.compiled_init(mixer, x)
+    apply = mixers.compiled_apply(mixer)
+    segments = documents(16, 24, batch=2)
+    before = apply(params, x, segment_ids=segments)
+    changed = jnp.concatenate([y[:, :16], x[:, 16:]], axis=1)
+    after = apply(params, changed, segment_ids=segments)
+    np.testing.assert_array_equal(before[:, 16:], after[:, 16:])
+    assert np.any(before[:, :16] != after[:, :16])
+    assert_equal_up_to_rounding(before[:, 16:], apply(params, x[:, 16:]))
+
+
+def test_the_cache_holds_what_each_branch_needs():
+    mixer = jattn.nn.NativeSparseAttention(
+        num_heads=8, num_kv_heads=2, head_dim=24, value_dim=16
+    )
+    cache = jax.eval_shape(lambda: mixer.init_cache(3, 8192, jnp.bfloat16))
+    token = 3 * 2 * (24 + 16) * 2
+    assert jattn.nn.cache_bytes(cache.compressed) == 511 * token
+    assert jattn.nn.cache_bytes(cache.tail) == 32 * token
+    assert jattn.nn.cache_bytes(cache.selected) == 8192 * token
+    assert jattn.nn.cache_bytes(cache.window) == 512 * token
+    assert jattn.nn.cache_bytes(cache) == (511 + 32 + 8192 + 512) * token + 3 * 4
+
+
+def test_long_prefill_does_not_build_a_square():
+    mixer = jattn.nn.NativeSparseAttention(num_heads=8, num_kv_heads=2, head_dim=32)
+    x = jax.ShapeDtypeStruct((1, 8192, 64), jnp.float32)
+    params = jax.eval_shape(mixer.init, jax.random.key(0), x)
+    cache = jax.eval_shape(lambda: mixer.init_cache(1, 8192))
+    needed = temporary_bytes(
+        lambda params, x, cache: mixer.apply(params, x, cache=cache), params, x, cache
+    )
+    assert needed < 256 * 2**20
+    assert needed < 8 * 8192**2 * 4 / 8
+
+
+def test_bf16_computes_in_bf16():
+    (x,) = normal(0, (2, 20, 16))
+    mixer = make(dtype=jnp.bfloat16)
+    params = mixers.compiled_init(mixer, x)
+    assert all(p.dtype == jnp.float32 for p in jax.tree.leaves(params))
+    out = mixers.compiled_apply(mixer)(params, x)
+    assert out.dtype == jnp.bfloat16
+    assert_equal_up_to_rounding(out, mixers.compiled_apply(make())(params, x), 2e-2)
+    cache = mixer.init_cache(2, 20, jnp.bfloat16)
+    decoded, cache = mixers.compiled_apply(mixer)(params, x, cache=cache)
+    assert decoded.dtype == jnp.bfloat16
+    assert cache.compressed[0].dtype == jnp.bfloat16
+    assert_equal_up_to_rounding(decoded, out, 2e-2)
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({"num_kv_heads": 3}, {}, "N=4, K=3"),
+        ({"head_dim": 7}, {}, "even head width; got 7"),
+        ({"compression": "max"}, {}, r"compression must be one of .*; got 'max'"),
+        ({"rope_compressed": "never"}, {}, "rope_compressed must be one of"),
+        ({"stride": 3}, {}, "stride must divide kernel_size"),
+        ({"num_blocks": 2}, {}, "num_blocks counts the forced blocks"),
+        ({"window_size": 0}, {}, "window_size must be a positive integer; got 0"),
+        ({}, {"lengths": jnp.ones(2, jnp.int32)}, "needs one"),
+    ],
+)
+def test_errors_say_what_is_wrong(fields, arguments, message):
+    (x,) = normal(0, (2, 5, 16))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda x: make(**fields).init(jax.random.key(0), x, **arguments), x
+        )
+
+
+def test_a_cache_of_impossible_sizes_is_refused():
+    with pytest.raises(ValueError, match="stride must be a positive integer; got 0"):
+        make(stride=0).init_cache(1, 8)

@@ -1,0 +1,218 @@
+"""jattn.nn.SelectiveAttention: its decoding, its cache, its loss and its errors."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jattn
+from tests.nn import mixers
+from tests.support import assert_equal_up_to_rounding, documents, normal
+
+BUDGETS = [None, 4]
+
+
+def make(**options):
+    return jattn.nn.SelectiveAttention(**{"num_heads": 4, "head_dim": 8} | options)
+
+
+def initialised(mixer, *, batch=2, length=13, features=16):
+    (x,) = normal(5, (batch, length, features))
+    return x, jax.jit(mixer.init)(jax.random.key(0), x)
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_decode_equals_parallel(budget):
+    mixers.check_decode_equals_parallel(make(num_kv_heads=2, budget=budget))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_rows_of_different_length(budget):
+    mixers.check_ragged_decode(make(budget=budget))
+
+
+def test_causality():
+    mixers.check_causality(make(budget=4))
+
+
+def test_gradients_reach_every_parameter():
+    mixers.check_gradients_reach_every_parameter(make())
+
+
+def test_a_budget_is_all_the_cache_holds():
+    grown = make(num_kv_heads=2).init_cache(3, 100, jnp.bfloat16)
+    pruned = make(num_kv_heads=2, budget=10).init_cache(3, 100, jnp.bfloat16)
+    short = make(num_kv_heads=2, budget=10).init_cache(3, 7, jnp.bfloat16)
+    slot = 2 * (8 + 8) * 2 + 4 + 4  # keys and values, mask, position
+    for cache, slots in (grown, 100), (pruned, 10), (short, 7):
+        assert jattn.nn.cache_bytes(cache) == 3 * (slots * slot + 4)
+
+
+@pytest.mark.parametrize("split", [(13,), (6, 1, 6)])
+def test_the_cache_holds_what_the_budget_left(split):
+    mixer = make(num_heads=2, budget=5, rope_base=None)
+    x, params = initialised(mixer)
+    cache = mixer.init_cache(2, 13)
+    step = jax.jit(lambda x, cache: mixer.apply(params, x, cache=cache))
+    for part in jnp.split(x, np.cumsum(split)[:-1], axis=1):
+        _, cache = step(part, cache)
+    kernel = jax.tree.map(np.asarray, params["params"])
+    query, key, value = (
+        jnp.einsum("btf,fnh->btnh", x, kernel[name]["kernel"])
+        for name in ("query", "key", "value")
+    )
+    mask = jattn.selection_mask(query, key)
+    eviction = np.asarray(jattn.selective_eviction(mask, budget=5))
+    selected = np.maximum(np.einsum("bh,bsh->bs", query[:, -1, 0], key[:, :, 0]), 0)
+    following = np.array(mask[:, -1] + selected / np.sqrt(8))
+    following[:, [0, 12]] = 0  # neither the first token nor the last query's own
+    for row in range(2):
+        held = np.flatnonzero(eviction[row] == 13)
+        slots = np.argsort(cache.position[row])
+        np.testing.assert_array_equal(cache.position[row, slots], held)
+        assert_equal_up_to_rounding(cache.key[row, slots], key[row, held])
+        assert_equal_up_to_rounding(cache.value[row, slots], value[row, held])
+        assert_equal_up_to_rounding(cache.mask[row, slots], following[row, held])
+
+
+def test_without_selection_the_oldest_token_goes():
+    mixer = make(budget=4)
+    x, params = initialised(mixer)
+    query = params["params"]["query"]["kernel"]
+    params["params"]["query"]["kernel"] = query.at[:, 0].set(0)
+    _, cache = jax.jit(lambda x, cache: mixer.apply(params, x, cache=cache))(
+        x, mixer.init_cache(2, 13)
+    )
+    np.testing.assert_array_equal(cache.mask, 0)
+    np.testing.assert_array_equal(
+        np.sort(cache.position), [[0, 10, 11, 12], [0, 10, 11, 12]]
+    )
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_padding_leaves_no_trace(budget):
+    mixer = make(budget=budget)
+    x, params = initialised(mixer)
+    extend = jax.jit(
+        lambda x, cache, lengths: mixer.apply(params, x, cache=cache, lengths=lengths)
+    )
+    _, cache = extend(x[:, :9], mixer.init_cache(2, 13), jnp.array([9, 9]))
+    lengths = jnp.array([4, 0])
+    _, padded = extend(x[:, 9:], cache, lengths)
+    noise = x[:, 9:] * jnp.array([1, 9])[:, None, None]
+    _, other = extend(noise, cache, lengths)
+    jax.tree.map(np.testing.assert_array_equal, padded, other)
+    for before, after in zip(
+        jax.tree.leaves(cache), jax.tree.leaves(padded), strict=True
+    ):
+        np.testing.assert_array_equal(before[1], after[1])
+        assert np.any(before[0] != after[0])
+
+
+def test_a_step_compiles_once():
+    mixer = make(budget=4)
+    x, params = initialised(mixer)
+    traces = []
+
+    @jax.jit
+    def step(x, cache):
+        traces.append(None)
+        return mixer.apply(params, x, cache=cache)
+
+    cache = mixer.init_cache(2, 13, jnp.bfloat16)
+    for t in range(13):
+        _, cache = step(x[:, t : t + 1], cache)
+    assert len(traces) == 1
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_packed_documents_equal_documents_alone(budget):
+    # Without positions, a document does not know where in the row it begins.
+    mixer = make(budget=budget, rope_base=None)
+    x, params = initialised(mixer, batch=1)
+    apply = jax.jit(mixer.apply)
+    packed = apply(params, x, segment_ids=documents(6, 7))
+    alone = [apply(params, x[:, a:b]) for a, b in [(0, 6), (6, 13)]]
+    assert_equal_up_to_rounding(packed, jnp.concatenate(alone, axis=1))
+
+
+def test_the_memory_loss_is_sown_for_whom_it_trains():
+    mixer = make(num_heads=2, rope_base=None, memory_tau=0.3)
+    x, params = initialised(mixer)
+    segments = documents(4, 9, batch=2)
+    assert set(params) == {"params"}
+
+    @jax.jit
+    def loss(params):
+        _, state = mixer.apply(params, x, segment_ids=segments, mutable=["losses"])
+        (value,) = state["losses"]["selective_memory"]
+        return value
+
+    kernel = params["params"]
+    query, key = (
+        jnp.einsum("btf,fnh->btnh", x, kernel[name]["kernel"])
+        for name in ("query", "key")
+    )
+    mask = jattn.selection_mask(query, key, segment_ids=segments)
+    worst = jattn.selective_memory(mask, tau=0.3, segment_ids=segments)
+    assert_equal_up_to_rounding(loss(params), jnp.mean(worst) / 13)
+    gradient = jax.grad(loss)(params)["params"]
+    assert np.any(gradient["query"]["kernel"][:, 0] != 0)
+    assert np.any(gradient["key"]["kernel"][:, 0] != 0)
+    for kernel in (
+        gradient["query"]["kernel"][:, 1],
+        gradient["key"]["kernel"][:, 1],
+        gradient["value"]["kernel"],
+    ):
+        np.testing.assert_array_equal(kernel, 0)
+
+
+def test_training_on_the_memory_loss_lowers_it():
+    mixer = make()
+    x, params = initialised(mixer, length=32)
+
+    @jax.jit
+    def loss(params):
+        _, state = mixer.apply(params, x, mutable=["losses"])
+        return state["losses"]["selective_memory"][0]
+
+    first = loss(params)
+    step = jax.jit(
+        lambda params: jax.tree.map(
+            lambda p, g: p - 0.3 * g, params, jax.grad(loss)(params)
+        )
+    )
+    for _ in range(10):
+        params = step(params)
+    assert loss(params) < 0.9 * first
+
+
+@pytest.mark.parametrize(
+    ("fields", "arguments", "message"),
+    [
+        ({"num_kv_heads": 3}, {}, "N=4, K=3"),
+        ({"head_dim": 7}, {}, "even head width; got 7"),
+        ({"budget": 1}, {}, "budget must be an integer of at least 2"),
+        ({}, {"lengths": jnp.ones(2, jnp.int32)}, "needs one"),
+    ],
+)
+def test_errors_say_what_is_wrong(fields, arguments, message):
+    (x,) = normal(0, (2, 5, 16))
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(
+            lambda x: make(**fields).init(jax.random.key(0), x, **arguments), x
+        )
+
+
+def test_a_cache_excludes_segments():
+    mixer = make()
+    x, params = initialised(mixer, batch=1, length=5)
+    with pytest.raises(ValueError, match="cannot be combined"):
+        mixer.apply(params, x, segment_ids=documents(5), cache=mixer.init_cache(1, 5))
+
+
+def test_an_unusable_tau_is_named_where_the_loss_is_collected():
+    mixer = make(memory_tau=0.0)
+    x, params = initialised(mixer)
+    with pytest.raises(ValueError, match="tau of the memory term must be positive"):
+        mixer.apply(params, x, mutable=["losses"])
