@@ -1,0 +1,54 @@
+"""Attention to chosen blocks of keys on a GPU: what its kernel supports."""
+
+import jax
+import jax.numpy as jnp
+
+from jattn.pallas import _triton
+from jattn.pallas.block_sparse.pairs import kernel_block, portions
+
+MAX_WIDTH = 256
+MAX_GROUP = 32
+
+
+def unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    block_indices: jax.Array,
+    block_size: int,
+) -> str | None:
+    """Why the Triton kernel does not support a call, or None.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      block_indices: int [B, T, K, n] or [B, T, N, n].
+      block_size: Keys in a block.
+    """
+    if (reason := _triton.unavailable(90)) is not None:
+        return reason
+    dtypes = {x.dtype for x in (query, key, value)}
+    if len(dtypes) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        names = ", ".join(sorted(map(str, dtypes)))
+        return f"query, key and value must all be bf16, fp16 or fp32, not {names}"
+    widest = max(query.shape[-1], value.shape[-1])
+    if widest > MAX_WIDTH:
+        return f"heads may be at most {MAX_WIDTH} wide, not {widest}"
+    group = query.shape[2] // block_indices.shape[2]
+    if group > MAX_GROUP:
+        return f"at most {MAX_GROUP} query heads may share a list, not {group}"
+    if block_size % 16:
+        return f"block_size must be a multiple of 16, not {block_size}"
+    if 0 in query.shape + value.shape + block_indices.shape:
+        return "an array is empty"
+    block = kernel_block(query, value, block_size)
+    b, t, k = *query.shape[:2], key.shape[2]
+    slots = block_indices.shape[-1] * (block_size // block)
+    lists_shape = (b, t, k, block_indices.shape[2] // k, slots)
+    blocks = -(-key.shape[1] // block)
+    _, chunks = portions(query, lists_shape, widest, blocks)
+    pairs = block_indices.size * (block_size // block)
+    if max(pairs, chunks * b * k * (blocks + 1)) >= 2**31:
+        return "it numbers pairs of a query and a block in 32 bits"
+    return None

@@ -1,0 +1,165 @@
+"""The block-sparse kernel on a GPU: the numerical gate, and what only a GPU can show.
+
+The error of the kernel against the fp32 reference may be at most twice that of the jnp
+form in the kernel's own dtype, for the output and every gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattn.ops.block_sparse import block_sparse_attention
+from jattn.pallas.block_sparse import pairs
+from tests.support import documents, normal, relative_rms
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
+
+# Sizes by name: dtype, T, K, G, H, V, block size, n, and what is special.
+CASES = {
+    **{f"group {g}": dict(t=257, k=2, g=g, n=3) for g in (1, 2, 3, 4, 6, 8, 16, 32)},
+    **{
+        f"widths {h}, {v}, {dtype}": dict(t=111, k=2, g=4, h=h, v=v, dtype=dtype)
+        for dtype in DTYPES
+        for h, v in ((64, 64), (80, 80), (96, 128), (128, 128), (192, 128), (192, 256))
+    },
+    **{f"T = {t}": dict(t=t, b=2) for t in (1, 63, 111, 1000)},
+    **{f"blocks of {x}": dict(t=1000, block_size=x) for x in (16, 48, 128, 512)},
+    "fp16": dict(t=1000, g=16, dtype="fp16"),
+    "fp32": dict(t=1000, g=16, dtype="fp32"),
+    "packed": dict(t=1000, g=16, b=2, packed=True),
+    "queries end the keys": dict(t=100, s=1000, g=3),
+    "a list for each head": dict(t=257, g=4, per_head=True),
+    "several chunks": dict(t=1000, g=4, partial_bytes=2**20),
+    "several portions": dict(t=1000, g=4, k=8, partial_bytes=2**22),
+}
+
+
+def inputs(case, seed=0):
+    """Query, key, value, indices, options and cotangents of a case."""
+    sizes = dict(b=1, k=2, g=2, h=128, v=128, block_size=64, n=4, dtype="bf16") | case
+    b, t, k, g, h, v = (sizes[x] for x in ("b", "t", "k", "g", "h", "v"))
+    s = sizes.get("s", t)
+    arrays = normal(
+        seed, (b, t, k * g, h), (b, s, k, h), (b, s, k, v), dtype=DTYPES[sizes["dtype"]]
+    )
+    # The query's own block, then any, some of them none, repeated or in the future.
+    rng = np.random.default_rng(seed)
+    block_size = sizes["block_size"]
+    lists = k * g if sizes.get("per_head") else k
+    indices = rng.integers(-1, -(-s // block_size), (b, t, lists, sizes["n"]))
+    indices[..., 0] = (np.arange(s - t, s) // block_size)[:, None]
+    segment_ids = (
+        documents(s // 3, s - s // 3, batch=b) if sizes.get("packed") else None
+    )
+    options = {"block_size": block_size, "segment_ids": segment_ids}
+    cotangents = normal(seed + 1, (b, t, k * g, v), (b, t, k * g))
+    return arrays, jnp.asarray(indices, jnp.int32), options, cotangents
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "block_size"))
+def value_and_gradients(arrays, indices, cotangents, *, implementation, **options):
+    """Output, log-sum-exp, and gradients of query, key and value."""
+
+    def attend(*arrays):
+        return block_sparse_attention(
+            *arrays,
+            indices,
+            implementation=implementation,
+            return_lse=True,
+            **options,
+        )
+
+    (out, lse), pullback = jax.vjp(attend, *arrays)
+    cotangents = cotangents[0].astype(out.dtype), cotangents[1]
+    return out, lse, *pullback(cotangents)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numerical_gate(monkeypatch, name):
+    case = dict(CASES[name])
+    if "partial_bytes" in case:
+        monkeypatch.setattr(pairs, "PARTIAL_BYTES", case.pop("partial_bytes"))
+    arrays, indices, options, cotangents = inputs(case)
+
+    def run(arrays, implementation):
+        results = value_and_gradients(
+            arrays, indices, cotangents, implementation=implementation, **options
+        )
+        return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))
+
+    with jax.default_matmul_precision("highest"):
+        reference = run([x.astype(jnp.float32) for x in arrays], "xla")
+    plain = run(arrays, "xla")
+    actual = run(arrays, "triton")
+    again = run(arrays, "triton")
+    for result, expected in reference.items():
+        error = relative_rms(actual[result], expected)
+        allowed = 2 * relative_rms(plain[result], expected)
+        # A gradient that is zero but for rounding has no relative error.
+        floor = 2e-6 if np.any(expected) else 0.0
+        print(f"{name} {result}: {error:.1e}, allowed {allowed:.1e}")
+        assert error <= max(allowed, floor), result
+        assert error <= 5e-3, result
+        np.testing.assert_array_equal(actual[result], again[result], result)
+
+
+def test_is_what_none_selects():
+    arrays, indices, options, _ = inputs({"t": 257})
+    attend = functools.partial(block_sparse_attention, *arrays, indices, **options)
+    np.testing.assert_array_equal(attend(), attend(implementation="triton"))
+    assert np.any(attend() != attend(implementation="xla"))
+
+
+def test_unseen_memory_does_not_matter():
+    arrays, indices, options, cotangents = inputs({"t": 1000, "g": 16})
+    indices = jnp.where(indices == 5, 4, indices)
+    indices = indices.at[:, 320:384].set(-1)  # nobody chooses block 5
+    query, *key_value = arrays
+    poisoned = [query, *(x.at[:, 320:384].set(jnp.nan) for x in key_value)]
+    run = functools.partial(value_and_gradients, implementation="triton", **options)
+    plain = run(arrays, indices, cotangents)
+    changed = run(poisoned, indices, cotangents)
+    for x, y in zip(changed, plain, strict=True):
+        np.testing.assert_array_equal(x, y)
+    out, lse, *gradients = plain
+    assert np.all(np.isneginf(lse[:, 320:384]))
+    assert not np.any(out[:, 320:384])
+    assert all(np.all(np.isfinite(x)) for x in gradients)
+
+
+def test_more_than_2_to_the_31_elements():
+    t, last = 140_000, 64
+    shapes = (1, t, 64, 256), (1, t, 4, 256), (1, t, 4, 64)
+    keys = jax.random.split(jax.random.key(0), 4)
+    arrays = [
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys[:3], shapes, strict=True)
+    ]
+    assert arrays[0].size > 2**31
+    own = jnp.arange(t)[:, None, None] // 64
+    other = jax.random.randint(keys[3], (t, 4, 3), 0, own + 1)
+    indices = jnp.concatenate([jnp.broadcast_to(own, (t, 4, 1)), other], -1)[None]
+
+    def attend(query, indices, implementation):
+        def total(query):
+            out = block_sparse_attention(
+                query,
+                *arrays[1:],
+                indices,
+                block_size=64,
+                implementation=implementation,
+            )
+            return jnp.sum(out[:, -last:].astype(jnp.float32) ** 2), out[:, -last:]
+
+        gradient, out = jax.grad(total, has_aux=True)(query)
+        return out, gradient[:, -last:]
+
+    attend = jax.jit(attend, static_argnames="implementation")
+    actual = attend(arrays[0], indices, implementation="triton")
+    # Queries may be the last of the keys: only those are compared.
+    expected = attend(arrays[0][:, -last:], indices[:, -last:], implementation="xla")
+    for x, y in zip(actual, expected, strict=True):
+        assert relative_rms(x, y) <= 5e-3

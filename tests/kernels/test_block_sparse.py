@@ -1,0 +1,179 @@
+"""The block-sparse kernel in Triton's interpreter, against the jnp form, in fp32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattn.ops.block_sparse import block_sparse_attention
+from jattn.pallas import _triton
+from jattn.pallas.block_sparse import pairs, unsupported
+from jattn.pallas.block_sparse import triton as kernel
+from tests.support import (
+    assert_equal_up_to_rounding,
+    documents,
+    normal,
+    shard_over_batch,
+)
+
+CASES = {
+    "one query": dict(b=1, t=1),
+    "no multiple of anything": dict(b=2, t=63, g=3, n=3, h=24, v=8),
+    "a list for each head": dict(b=1, t=45, g=2, lists=4),
+    "packed, queries end the keys": dict(b=2, t=20, s=43, packed=True),
+    "blocks of several kernel blocks": dict(b=1, t=111, k=1, n=2, block_size=48),
+    "in chunks": dict(b=2, t=33, packed=True, chunk=8),
+    "in portions and chunks": dict(b=2, t=33, chunk=3, min_block_rows=2**20),
+}
+
+
+def inputs(b=1, t=33, s=None, k=2, g=2, h=16, v=16, n=2, lists=None, block_size=16):
+    """Query, key, value, and random block indices, some of them none or repeated."""
+    s = s or t
+    arrays = normal(0, (b, t, k * g, h), (b, s, k, h), (b, s, k, v))
+    rng = np.random.default_rng(1)
+    shape = (b, t, lists or k, n)
+    return *arrays, jnp.asarray(rng.integers(-1, -(-s // block_size), shape), jnp.int32)
+
+
+def value_and_gradients(attend, *arrays):
+    """Output, log-sum-exp and the gradients of a function of both."""
+
+    def loss(*arrays):
+        out, lse = attend(*arrays)
+        seen = jnp.where(jnp.isneginf(lse), 0, lse)
+        return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.sin(seen)), (out, lse)
+
+    gradients, outputs = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    return *outputs, *gradients
+
+
+def kernel_form(indices, block_size=16, segment_ids=None):
+    def attend(query, key, value):
+        return kernel.attend(
+            query, key, value, indices, segment_ids, block_size, query.shape[-1] ** -0.5
+        )
+
+    return jax.jit(functools.partial(value_and_gradients, attend))
+
+
+def xla_form(indices, block_size=16, segment_ids=None):
+    attend = functools.partial(
+        block_sparse_attention,
+        block_indices=indices,
+        block_size=block_size,
+        segment_ids=segment_ids,
+        implementation="xla",
+        return_lse=True,
+    )
+    return jax.jit(functools.partial(value_and_gradients, attend))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_jnp_form(monkeypatch, case):
+    sizes = dict(CASES[case])
+    packed, chunk = sizes.pop("packed", False), sizes.pop("chunk", None)
+    monkeypatch.setattr(pairs, "MIN_BLOCK_ROWS", sizes.pop("min_block_rows", 1))
+    *arrays, indices = inputs(**sizes)
+    b, s = arrays[1].shape[:2]
+    options = {
+        "block_size": sizes.get("block_size", 16),
+        "segment_ids": documents(s // 3, s - s // 3, batch=b) if packed else None,
+    }
+    if chunk is not None:
+        query_bytes = arrays[0][:, 0].size * indices.shape[-1] * 4
+        monkeypatch.setattr(pairs, "PARTIAL_BYTES", chunk * query_bytes)
+    actual = kernel_form(indices, **options)(*arrays)
+    expected = xla_form(indices, **options)(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+def test_a_long_row_is_split_and_added_up():
+    # Every query chooses block 0 twice; it has several units of work.
+    *arrays, indices = inputs(t=70, k=1, g=32, n=2)
+    indices = jnp.zeros_like(indices)
+    forward, backward = kernel.tilings(arrays[0], arrays[2])
+    unit = max(x.tiles * (x.rows // 32) for x in (forward, backward))
+    assert arrays[0].shape[1] > 2 * unit
+    actual = kernel_form(indices)(*arrays)
+    expected = xla_form(indices)(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+def test_neither_order_nor_unseen_memory_nor_an_empty_list_matters():
+    *arrays, indices = inputs(t=40, g=1, n=3)
+    indices = jnp.where(indices == 1, 2, indices)  # nobody chooses block 1
+    indices = indices.at[:, 7].set(-1)
+    plain = kernel_form(indices)(*arrays)
+    query, *key_value = arrays
+    poisoned = [x.at[:, 16:32].set(jnp.nan) for x in key_value]
+    changed = kernel_form(indices[..., ::-1])(query, *poisoned)
+    jax.tree.map(np.testing.assert_array_equal, changed, plain)
+    out, lse, query_gradient, key_gradient, _ = plain
+    assert np.all(np.isneginf(lse[:, 7]))
+    assert not np.any(out[:, 7])
+    assert not np.any(query_gradient[:, 7])
+    assert not np.any(key_gradient[:, 16:32])
+
+
+def test_transformations_agree():
+    *arrays, indices = inputs(b=2, t=18, k=1, n=2)
+
+    def gradients(query, key, value, indices):
+        return kernel_form(indices)(query, key, value)
+
+    plain = gradients(*arrays, indices)
+    mapped = jax.vmap(lambda *x: [y[0] for y in gradients(*(a[None] for a in x))])
+    sharded = shard_over_batch(gradients)
+    for transformed in (mapped, sharded):
+        actual = transformed(*arrays, indices)
+        for x, y in zip(actual, plain, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    def gradients(query, key, value, indices):
+        return kernel_form(indices, block_size=64)(query, key, value)
+
+    kernels = compile_triton(
+        gradients,
+        shape(1, 1000, 16, 128),
+        shape(1, 1000, 1, 128),
+        shape(1, 1000, 1, 128),
+        shape(1, 1000, 1, 4, dtype=jnp.int32),
+    )
+    for name in ("_forward_kernel", "_backward_kernel"):
+        ptx, shared_bytes = kernels[name]
+        assert "wgmma.mma_async" in ptx
+        assert shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"block_size": 48}, None),
+        ({"block_size": 24}, "block_size must be a multiple of 16, not 24"),
+        ({"query": (2, 9, 4, 300), "key": (2, 9, 2, 300)}, "at most 256 wide, not 300"),
+        ({"query": (2, 9, 128, 8)}, "at most 32 query heads may share a list, not 64"),
+        ({"dtype": jnp.float64}, "must all be bf16, fp16 or fp32, not float64"),
+        ({"indices": (2, 9, 2, 0)}, "an array is empty"),
+        ({"indices": (2, 9, 2, 2**26)}, "32 bits"),
+    ],
+)
+def test_says_what_it_does_not_support(monkeypatch, changes, reason):
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    shapes = {"query": (2, 9, 4, 8), "key": (2, 9, 2, 8), "value": (2, 9, 2, 8)}
+    dtype = changes.get("dtype", jnp.bfloat16)
+    arrays = [
+        jax.ShapeDtypeStruct(changes.get(name, shape), dtype)
+        for name, shape in shapes.items()
+    ]
+    indices = jax.ShapeDtypeStruct(changes.get("indices", (2, 9, 2, 3)), jnp.int32)
+    actual = unsupported(*arrays, indices, changes.get("block_size", 64))
+    assert actual == reason or reason in actual
