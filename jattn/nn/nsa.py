@@ -1,0 +1,394 @@
+"""Native sparse attention as a module (arXiv 2502.11089)."""
+
+from typing import Any, Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import struct
+from flax.linen.dtypes import promote_dtype
+
+from jattn.nn import cache as caches
+from jattn.nn.rope import rope
+from jattn.ops import _common, nsa
+from jattn.ops.block_sparse import attend_block_positions
+from jattn.ops.dense import dense_attention
+
+Pair = tuple[jax.Array, jax.Array]
+
+
+class NSACache(struct.PyTreeNode):
+    """Keys [B, ..., K, H] and values [B, ..., K, V] that the three branches keep.
+
+    Attributes:
+      compressed: M compressed tokens, one for each complete window.
+      tail: A ring of the last kernel_size tokens that enter the compression.
+      selected: All tokens.
+      window: A ring of the last window_size tokens.
+      length: int32 [B], tokens seen so far.
+    """
+
+    compressed: Pair
+    tail: Pair
+    selected: Pair
+    window: Pair
+    length: jax.Array
+
+
+class WindowMLP(nn.Module):
+    """The learned compression φ: from a window's tokens to one token.
+
+    To each token the encoding of its place in the window is added; all tokens of the
+    window go through one hidden layer, as wide as a token, with SiLU. Each kv head has
+    weights of its own.
+
+    Attributes:
+      dtype: Of the computation; that of the input and parameters if None.
+      param_dtype: Of the parameters.
+    """
+
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, windows: jax.Array) -> jax.Array:
+        """Compresses windows [B, M, kernel_size, K, D] to tokens [B, M, K, D]."""
+        size, heads, width = windows.shape[2:]
+
+        def parameter(name, init, *shape):
+            return self.param(name, init, shape, self.param_dtype)
+
+        windows, position, hidden, out = promote_dtype(
+            windows,
+            parameter("position", nn.initializers.normal(0.02), size, heads, width),
+            parameter(
+                "hidden",
+                nn.initializers.lecun_normal((1, 2), 3, batch_axis=(0,)),
+                *(heads, size, width, width),
+            ),
+            parameter(
+                "out",
+                nn.initializers.lecun_normal(1, 2, batch_axis=(0,)),
+                *(heads, width, width),
+            ),
+            dtype=self.dtype,
+        )
+        inner = jnp.einsum("bmlkd,kldf->bmkf", windows + position, hidden)
+        return jnp.einsum("bmkf,kfd->bmkd", nn.silu(inner), out)
+
+
+class NativeSparseAttention(nn.Module):
+    """Compressed, selected and window attention, summed with gates.
+
+    Each branch projects keys and values of its own. The gates are the sigmoid of a
+    linear map of x, one for each head and branch; they need not sum to 1.
+
+    Attributes:
+      num_heads: Query heads N.
+      head_dim: Width H of queries and keys.
+      num_kv_heads: Key-value heads K, a divisor of N; N if None. The query heads of a
+        kv head share their selected blocks.
+      value_dim: Width V of values; head_dim if None.
+      kernel_size: Tokens in a compressed window, at most block_size.
+      stride: Tokens between the starts of compressed windows, a divisor of
+        kernel_size and of block_size.
+      block_size: Tokens in a selected block.
+      num_blocks: Blocks a query reads, the forced ones counted.
+      num_initial: Blocks always read at the document's start.
+      num_local: Blocks always read at the query, its own counted; at least 1.
+      window_size: Tokens the window branch sees, the query's own counted.
+      compression: "mlp" for a learned map with intra-window positions, one for keys
+        and one for values, or "mean".
+      rope_base: Base of the rotary embedding; None for no positions.
+      rope_compressed: Where the compressed branch's keys are rotated: "after"
+        compression, at the position of the window's first token, or "before" it, each
+        token at its own position. Where φ is learned only "after" lets it see the
+        same window at every position.
+      dtype: Of the computation; that of the input and parameters if None.
+      param_dtype: Of the parameters.
+      implementation: See `jattn.native_sparse_attention`.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_kv_heads: int | None = None
+    value_dim: int | None = None
+    kernel_size: int = 32
+    stride: int = 16
+    block_size: int = 64
+    num_blocks: int = 16
+    num_initial: int = 1
+    num_local: int = 2
+    window_size: int = 512
+    compression: Literal["mlp", "mean"] = "mlp"
+    rope_base: float | None = 10_000.0
+    rope_compressed: Literal["after", "before"] = "after"
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    implementation: _common.Implementation | None = None
+
+    def init_cache(
+        self, batch_size: int, max_length: int, dtype: Any = jnp.float32
+    ) -> NSACache:
+        """An empty cache for up to max_length tokens a row."""
+        self._check_fields()
+        kv_heads = self.num_kv_heads or self.num_heads
+
+        def empty(capacity) -> Pair:
+            slots = (batch_size, capacity, kv_heads)
+            return (
+                jnp.zeros((*slots, self.head_dim), dtype),
+                jnp.zeros((*slots, self.value_dim or self.head_dim), dtype),
+            )
+
+        return NSACache(
+            compressed=empty(nsa.num_windows(max_length, **self._windows())),
+            tail=empty(self.kernel_size),
+            selected=empty(max_length),
+            window=empty(min(max_length, self.window_size)),
+            length=jnp.zeros(batch_size, jnp.int32),
+        )
+
+    @nn.compact
+    def __call__(
+        self,
+        x: jax.Array,
+        *,
+        segment_ids: jax.Array | None = None,
+        cache: NSACache | None = None,
+        lengths: jax.Array | None = None,
+    ) -> Any:
+        """Mixes x along the sequence.
+
+        The selected blocks, int32 [B, T, K, num_blocks], are sown as "block_indices"
+        into the collection "intermediates".
+
+        Args:
+          x: [B, T, features].
+          segment_ids: int [B, T], the document of each token; not with a cache.
+          cache: What came before, from init_cache or an earlier call.
+          lengths: int32 [B], how many of the T tokens of each row are real; the rest
+            is padding on the right and leaves no trace in the cache. All if None.
+            Only with a cache.
+
+        Returns:
+          [B, T, features], and the new cache if one was given.
+
+        Raises:
+          ValueError: Sizes contradict each other, or compression or rope_compressed
+            is none of its choices.
+        """
+        caches.check_call(segment_ids, cache, lengths)
+        self._check_fields()
+        b, t, features = x.shape
+        kv_heads = self.num_kv_heads or self.num_heads
+
+        def project(name, *shape):
+            return nn.DenseGeneral(
+                shape,
+                use_bias=False,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                name=name,
+            )(x)
+
+        query = project("query", self.num_heads, self.head_dim)  # [B, T, N, H]
+        # Keys and values of the three branches: [B, T, 3, K, H] and [B, T, 3, K, V].
+        key = project("key", 3, kv_heads, self.head_dim)
+        value = project("value", 3, kv_heads, self.value_dim or self.head_dim)
+        gates = nn.sigmoid(project("gate", self.num_heads, 3))
+        compress = self._compression()
+
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+            if segment_ids is not None:
+                # Within the document: a φ of rotated keys sees absolute positions.
+                positions -= _common.document_starts(segment_ids)
+        else:
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+        query = self._rope(query, positions)
+        keys = [key[:, :, branch] for branch in range(3)]
+        for branch in range(0 if self.rope_compressed == "before" else 1, 3):
+            keys[branch] = self._rope(keys[branch], positions)
+        pairs = [(keys[branch], value[:, :, branch]) for branch in range(3)]
+
+        if cache is None:
+            out = self._attend(query, pairs, gates, compress, positions, segment_ids)
+        else:
+            out, cache = self._attend_cached(
+                query, pairs, gates, compress, positions, lengths, cache
+            )
+        out = nn.DenseGeneral(
+            features,
+            axis=(-2, -1),
+            use_bias=False,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            name="out",
+        )(out)
+        return out if cache is None else (out, cache)
+
+    def _attend(self, query, pairs, gates, compress, positions, segment_ids):
+        """Attention among the tokens of one call."""
+        raw, selected, window = pairs
+        windows = tuple(nsa.nsa_windows(x, **self._windows()) for x in raw)
+        starts = positions[:, :: self.stride][:, : windows[0].shape[1]]
+        out, blocks = nsa.native_sparse_attention(
+            query,
+            compress(windows, starts),
+            selected,
+            window,
+            gates,
+            window_size=self.window_size,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+            return_block_indices=True,
+            **self._windows(),
+            **self._selection(),
+        )
+        self.sow("intermediates", "block_indices", blocks)
+        return out
+
+    def _attend_cached(self, query, pairs, gates, compress, positions, lengths, cache):
+        """Attention to the cache and the new tokens; the cache with those written."""
+        raw, selected, window = pairs
+
+        def write(function, buffers, new):
+            return jax.tree.map(lambda *x: function(*x, positions), buffers, new)
+
+        written = cache.replace(
+            compressed=self._compress_cached(raw, compress, lengths, cache),
+            tail=write(caches.write_ring, cache.tail, raw),
+            selected=write(caches.write, cache.selected, selected),
+            window=write(caches.write_ring, cache.window, window),
+            length=cache.length + lengths,
+        )
+        compressed, selected = jax.tree.map(
+            lambda x: x.astype(query.dtype), (written.compressed, written.selected)
+        )
+        scale = _common.default_scale(None, self.head_dim)
+        sight: dict[str, Any] = {
+            "query_positions": positions,
+            "document_starts": jnp.zeros_like(positions),
+            "scale": scale,
+        }
+        blocks = nsa.select_blocks(
+            query,
+            compressed[0],
+            length=selected[0].shape[1],
+            **sight,
+            **self._windows(),
+            **self._selection(),
+        )
+        self.sow("intermediates", "block_indices", blocks)
+        outputs = (
+            nsa.attend_windows(query, *compressed, **sight, **self._windows())[0],
+            attend_block_positions(
+                query,
+                *selected,
+                block_indices=blocks,
+                query_positions=positions,
+                block_size=self.block_size,
+                scale=scale,
+            )[0],
+            self._attend_window(query, window, cache),
+        )
+        return nsa.gated_sum(outputs, gates), written
+
+    def _compress_cached(self, new, compress, lengths, cache):
+        """The compressed tokens, with those whose last token is among the new ones."""
+        b, t = new[0].shape[:2]
+        before, after = (
+            nsa.num_windows(length, **self._windows())
+            for length in (cache.length, cache.length + lengths)
+        )
+        # T new tokens complete at most this many windows in any row.
+        count = -(-t // self.stride)
+        windows = before[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, count]
+        starts = windows * self.stride
+        # The ring and the new tokens after it begin at position length - kernel_size.
+        slots = starts - cache.length[:, None] + self.kernel_size
+        slots = slots[..., None] + jnp.arange(self.kernel_size)
+        rows = jnp.arange(b)[:, None, None]
+
+        def read(ring, new):  # -> [B, count, kernel_size, K, H or V]
+            tokens = caches.after_ring(ring, cache.length, new)
+            return tokens.at[rows, slots].get(mode="clip")
+
+        tokens = compress(jax.tree.map(read, cache.tail, new), starts)
+        complete = jnp.where(windows < after[:, None], windows, -1)
+        return jax.tree.map(
+            lambda buffer, new: caches.write(buffer, new, complete),
+            cache.compressed,
+            tokens,
+        )
+
+    def _attend_window(self, query, new, cache):
+        """The window branch over the ring and the new tokens after it."""
+        key, value = jax.tree.map(
+            lambda ring, new: caches.after_ring(ring, cache.length, new),
+            cache.window,
+            new,
+        )
+        # Slots before the first token are a document that no query belongs to.
+        capacity = cache.window[0].shape[1]
+        held = jnp.arange(key.shape[1]) >= capacity - cache.length[:, None]
+        return dense_attention(
+            query,
+            key,
+            value,
+            window=self.window_size,
+            segment_ids=held.astype(jnp.int32),
+            implementation=self.implementation,
+        )
+
+    def _compression(self):
+        """A function from windows of keys and values to compressed tokens.
+
+        It takes a pair [B, M, kernel_size, K, H or V] and the position int [B, M] of
+        each window's first token, and returns a pair [B, M, K, H or V].
+        """
+        if self.compression == "mean":
+            maps = [lambda windows: jnp.mean(windows, axis=2)] * 2
+        else:
+            maps = [
+                WindowMLP(dtype=self.dtype, param_dtype=self.param_dtype, name=name)
+                for name in ("key_compression", "value_compression")
+            ]
+
+        def compress(windows, starts):
+            key, value = (f(x) for f, x in zip(maps, windows, strict=True))
+            if self.rope_compressed == "after":
+                key = self._rope(key, starts)
+            return key, value
+
+        return compress
+
+    def _rope(self, x, positions):
+        return x if self.rope_base is None else rope(x, positions, self.rope_base)
+
+    def _windows(self) -> dict[str, Any]:
+        return {"kernel_size": self.kernel_size, "stride": self.stride}
+
+    def _selection(self) -> dict[str, Any]:
+        return {
+            "block_size": self.block_size,
+            "num_blocks": self.num_blocks,
+            "num_initial": self.num_initial,
+            "num_local": self.num_local,
+        }
+
+    def _check_fields(self):
+        choices = {
+            "compression": ("mlp", "mean"),
+            "rope_compressed": ("after", "before"),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"{name} must be one of {allowed}; got {getattr(self, name)!r}"
+                )
+        _common.group_size(self.num_heads, self.num_kv_heads or self.num_heads)
+        _common.check_positive(window_size=self.window_size)
+        nsa.check_sizes(**self._windows(), **self._selection())

@@ -1,0 +1,520 @@
+"""Native Sparse Attention (arXiv 2502.11089): three gated branches of attention.
+
+Each query attends to compressed tokens that stand for windows of keys, to the few
+blocks of keys that those compressed tokens point at, and to a sliding window.
+
+Letters beside those of `jattn.ops._common`: M compressed tokens, l = kernel_size keys
+in a compressed window, d = stride between windows, l' = block_size.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jattn.ops import _common
+from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.dense import dense_attention
+
+
+def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax.Array:
+    """The windows of tokens that compression turns into one token each.
+
+    Window i holds the tokens ``i * stride`` to ``i * stride + kernel_size - 1`` (the
+    argument of φ in the paper's equation 7). Windows that would reach past the end do
+    not exist: M = ⌊(S - kernel_size) / stride⌋ + 1, or 0 if S < kernel_size.
+    Compression by mean pooling is ``nsa_windows(key).mean(axis=2)``.
+
+    Args:
+      x: [B, S, K, D], keys or values.
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows, a divisor of kernel_size.
+
+    Returns:
+      [B, M, kernel_size, K, D].
+
+    Raises:
+      ValueError: x has another rank, or the sizes do not fit.
+    """
+    sizes = _common.bind_shapes(("x", x, "BSKD"))
+    _check_windows(kernel_size, stride)
+    b, s, k, d = (sizes[letter] for letter in "BSKD")
+    count = num_windows(s, kernel_size, stride)
+    cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
+    shifted = [cells[:, i : i + count] for i in range(kernel_size // stride)]
+    return jnp.concatenate(shifted, axis=2)
+
+
+def compressed_attention(
+    query: jax.Array,
+    key_cmp: jax.Array,
+    value_cmp: jax.Array,
+    *,
+    kernel_size: int = 32,
+    stride: int = 16,
+    length: int | None = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: _common.Implementation | None = None,
+    return_lse: bool = False,
+) -> _common.AttentionOutput:
+    """Attention to compressed tokens: ``o_t = Σ_i softmax_i(scale q_t·k_i) v_i``.
+
+    Compressed token i stands for the tokens ``i * stride`` to
+    ``i * stride + kernel_size - 1``. Query t sees it where the last of them is at most
+    t and all of them are in t's document; a window across two documents is seen by
+    nobody. A query that sees nothing, as the first kernel_size - 1 do, gives 0. When
+    T < S the queries are the last T positions.
+
+    Args:
+      query: [B, T, N, H].
+      key_cmp: [B, M, K, H], where K divides N, one for each of `nsa_windows`.
+      value_cmp: [B, M, K, V].
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows, a divisor of kernel_size.
+      length: Tokens S of the sequence that was compressed; if None the length of
+        segment_ids, or T.
+      scale: Factor of the logits; H ** -0.5 if None.
+      segment_ids: int [B, S], the document of each token. Documents are contiguous.
+      implementation: "xla", "pallas", "triton", or None for the fastest that
+        supports the call.
+      return_lse: Also return the log-sum-exp of the logits.
+
+    Returns:
+      [B, T, N, V] in value_cmp's dtype, and with return_lse also [B, T, N] in fp32
+      (natural log, -inf where nothing is seen; fp64 for fp64 inputs).
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
+        tokens, or stride does not divide kernel_size.
+      NotImplementedError: The requested implementation does not support the call.
+    """
+    sizes = _common.bind_shapes(
+        ("query", query, "BTNH"),
+        ("key_cmp", key_cmp, "BMKH"),
+        ("value_cmp", value_cmp, "BMKV"),
+    )
+    _common.check_floating(query=query, key_cmp=key_cmp, value_cmp=value_cmp)
+    _check_windows(kernel_size, stride)
+    length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
+    _common.choose_implementation("compressed_attention", implementation)
+    positions, starts = _query_range(query, length, segment_ids)
+    out, lse = attend_windows(
+        query,
+        key_cmp,
+        value_cmp,
+        query_positions=positions,
+        document_starts=starts,
+        kernel_size=kernel_size,
+        stride=stride,
+        scale=_common.default_scale(scale, sizes["H"]),
+    )
+    return (out, lse) if return_lse else out
+
+
+def nsa_select_blocks(
+    query: jax.Array,
+    key_cmp: jax.Array,
+    *,
+    kernel_size: int = 32,
+    stride: int = 16,
+    block_size: int = 64,
+    num_blocks: int = 16,
+    num_initial: int = 1,
+    num_local: int = 2,
+    length: int | None = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: _common.Implementation | None = None,
+) -> jax.Array:
+    """The blocks of keys that each query reads, shared by the heads of a kv head.
+
+    Block j holds the tokens ``j * block_size`` to ``(j + 1) * block_size - 1``. Its
+    score for query t is ``Σ_heads Σ_i |window_i ∩ block_j| / stride · p_i``, where p is
+    the softmax of one head over the compressed tokens that t sees (equations 8 to 10;
+    the overlap is what the indices of equation 9 count). Of the blocks that hold a
+    token t may see, those chosen are the first num_initial ones of t's document, the
+    last num_local ones up to t's own, and then the best scores until there are
+    num_blocks; equal scores go to the lower index (equation 11). Scores are computed
+    in fp32 (fp64 for fp64 inputs); nothing is differentiated.
+
+    Args:
+      query: [B, T, N, H].
+      key_cmp: [B, M, K, H], where K divides N, one for each of `nsa_windows`.
+      kernel_size: Tokens in a window, at most block_size.
+      stride: Tokens between the starts of windows, a divisor of kernel_size and of
+        block_size.
+      block_size: Tokens in a block.
+      num_blocks: Blocks a query reads, at least num_initial + num_local.
+      num_initial: Blocks always read at the document's start.
+      num_local: Blocks always read at the query, its own counted; at least 1.
+      length: Tokens S of the sequence, of which the queries are the last T; if None
+        the length of segment_ids, or T.
+      scale: Factor of the logits; H ** -0.5 if None.
+      segment_ids: int [B, S], the document of each token. Documents are contiguous;
+        blocks count from the row's start.
+      implementation: "xla", "pallas", "triton", or None for the fastest that
+        supports the call.
+
+    Returns:
+      int32 [B, T, K, num_blocks], ascending; -1 at the end where fewer can be seen.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
+        tokens, or the sizes contradict each other.
+      NotImplementedError: The requested implementation does not support the call.
+    """
+    sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
+    _common.check_floating(query=query, key_cmp=key_cmp)
+    check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
+    length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
+    _common.choose_implementation("nsa_select_blocks", implementation)
+    positions, starts = _query_range(query, length, segment_ids)
+    return select_blocks(
+        query,
+        key_cmp,
+        query_positions=positions,
+        document_starts=starts,
+        length=length,
+        kernel_size=kernel_size,
+        stride=stride,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
+        scale=_common.default_scale(scale, sizes["H"]),
+    )
+
+
+def native_sparse_attention(
+    query: jax.Array,
+    compressed: tuple[jax.Array, jax.Array],
+    selected: tuple[jax.Array, jax.Array],
+    window: tuple[jax.Array, jax.Array],
+    gates: jax.Array,
+    *,
+    kernel_size: int = 32,
+    stride: int = 16,
+    block_size: int = 64,
+    num_blocks: int = 16,
+    num_initial: int = 1,
+    num_local: int = 2,
+    window_size: int = 512,
+    block_indices: jax.Array | None = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: _common.Implementation | None = None,
+    return_lse: bool = False,
+    return_block_indices: bool = False,
+) -> Any:
+    """Native sparse attention: ``o_t = Σ_c gate_t^c · Attention^c(q_t)`` (equation 5).
+
+    The branches c are `compressed_attention`, `block_sparse_attention` to the blocks
+    of `nsa_select_blocks`, and `dense_attention` with a window. Each has keys and
+    values of its own. All are causal; when T < S the queries are the last T positions.
+
+    Args:
+      query: [B, T, N, H].
+      compressed: Keys [B, M, K, H] and values [B, M, K, V], one for each of
+        `nsa_windows`.
+      selected: Keys [B, S, K, H] and values [B, S, K, V].
+      window: Keys [B, S, K, H] and values [B, S, K, V].
+      gates: [B, T, N, 3], in the order of the branches.
+      kernel_size: Tokens in a compressed window, at most block_size.
+      stride: Tokens between the starts of compressed windows, a divisor of
+        kernel_size and of block_size.
+      block_size: Tokens in a selected block.
+      num_blocks: Blocks a query reads, the forced ones counted.
+      num_initial: Blocks always read at the document's start.
+      num_local: Blocks always read at the query, its own counted; at least 1.
+      window_size: Tokens the window branch sees, the query's own counted.
+      block_indices: int [B, T, K or N, n], the blocks to read instead of those that
+        `nsa_select_blocks` would choose; -1 for none.
+      scale: Factor of the logits in every branch; H ** -0.5 if None.
+      segment_ids: int [B, S], the document of each token. Documents are contiguous
+        and never see each other; windows and blocks count from the row's start.
+      implementation: "xla", "pallas", "triton", or None for the fastest that
+        supports the call.
+      return_lse: Also return the log-sum-exp of each branch's logits.
+      return_block_indices: Also return the blocks that were read.
+
+    Returns:
+      [B, T, N, V] in the values' dtype, summed over the branches in fp32 (fp64 for
+      fp64 inputs). With return_lse then the log-sum-exps [B, T, N, 3] in the order of
+      the branches (natural log, -inf where a branch sees nothing). With
+      return_block_indices last the blocks, int32 [B, T, K, num_blocks], or
+      block_indices as they were given.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
+        tokens, or the sizes contradict each other.
+      NotImplementedError: The requested implementation does not support the call.
+    """
+    sizes = _common.bind_shapes(
+        ("query", query, "BTNH"),
+        ("selected key", selected[0], "BSKH"),
+        ("selected value", selected[1], "BSKV"),
+        ("window key", window[0], "BSKH"),
+        ("window value", window[1], "BSKV"),
+        ("compressed key", compressed[0], "BMKH"),
+        ("compressed value", compressed[1], "BMKV"),
+        ("gates", gates, "BTN3"),
+    )
+    _common.check_floating(gates=gates)
+    _common.check_positive(window_size=window_size)
+    _common.choose_implementation("native_sparse_attention", implementation)
+    shared: dict[str, Any] = {
+        "scale": scale,
+        "segment_ids": segment_ids,
+        "implementation": implementation,
+    }
+    windows: dict[str, Any] = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "length": sizes["S"],
+    }
+    if block_indices is None:
+        block_indices = nsa_select_blocks(
+            query,
+            compressed[0],
+            block_size=block_size,
+            num_blocks=num_blocks,
+            num_initial=num_initial,
+            num_local=num_local,
+            **windows,
+            **shared,
+        )
+    branches = [
+        compressed_attention(query, *compressed, return_lse=True, **windows, **shared),
+        block_sparse_attention(
+            query,
+            *selected,
+            block_indices,
+            block_size=block_size,
+            return_lse=True,
+            **shared,
+        ),
+        dense_attention(query, *window, window=window_size, return_lse=True, **shared),
+    ]
+    outputs, lse = zip(*branches, strict=True)
+    result = [gated_sum(outputs, gates)]
+    if return_lse:
+        result.append(jnp.stack(lse, axis=-1))
+    if return_block_indices:
+        result.append(block_indices)
+    return tuple(result) if len(result) > 1 else result[0]
+
+
+def num_windows(length, kernel_size: int, stride: int):
+    """How many windows lie within the first `length` tokens, an int or int array."""
+    return (length >= kernel_size) * ((length - kernel_size) // stride + 1)
+
+
+def gated_sum(outputs: tuple[jax.Array, ...], gates: jax.Array) -> jax.Array:
+    """Sums outputs, each [B, T, N, V], with gates [B, T, N, len(outputs)] in fp32."""
+    dtype = _common.statistics_dtype(*outputs, gates)
+    total = sum(
+        gates[..., i, None].astype(dtype) * out.astype(dtype)
+        for i, out in enumerate(outputs)
+    )
+    return jnp.asarray(total, outputs[0].dtype)
+
+
+def attend_windows(
+    query: jax.Array,
+    key_cmp: jax.Array,
+    value_cmp: jax.Array,
+    *,
+    query_positions: jax.Array,
+    document_starts: jax.Array,
+    kernel_size: int,
+    stride: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """Attention to compressed tokens from explicit positions, as decoding needs it.
+
+    Args:
+      query: [B, T, N, H].
+      key_cmp: [B, M, K, H]; what lies past the queries is not read.
+      value_cmp: [B, M, K, V].
+      query_positions: int [B, T]; negative for a query that sees nothing.
+      document_starts: int [B, T], the first position of each query's document.
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows.
+      scale: Factor of the logits.
+
+    Returns:
+      Output [B, T, N, V] and log-sum-exp [B, T, N].
+    """
+    b, t, n, _ = query.shape
+    m = key_cmp.shape[1]
+
+    def attend(query, positions, starts):
+        visible = _visible_windows(positions, starts, m, kernel_size, stride)
+        return _common.masked_attention(
+            query, key_cmp, value_cmp, visible[:, None, None], scale=scale
+        )
+
+    itemsize = _common.statistics_dtype(query, key_cmp, value_cmp).itemsize
+    chunk = _common.chunk_length(t, b * n * m * itemsize)
+    return _common.map_query_chunks(
+        attend, query, query_positions, document_starts, chunk=chunk
+    )
+
+
+def select_blocks(
+    query: jax.Array,
+    key_cmp: jax.Array,
+    *,
+    query_positions: jax.Array,
+    document_starts: jax.Array,
+    length: int,
+    kernel_size: int,
+    stride: int,
+    block_size: int,
+    num_blocks: int,
+    num_initial: int,
+    num_local: int,
+    scale: float,
+) -> jax.Array:
+    """`nsa_select_blocks` from explicit positions, as decoding needs it.
+
+    Args:
+      query: [B, T, N, H].
+      key_cmp: [B, M, K, H]; what lies past the queries is not read.
+      query_positions: int [B, T]; negative for a query that reads no block.
+      document_starts: int [B, T], the first position of each query's document.
+      length: Tokens the blocks divide up, at least those that were compressed.
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows.
+      block_size: Tokens in a block.
+      num_blocks: Blocks a query reads.
+      num_initial: Blocks always read at the document's start.
+      num_local: Blocks always read at the query.
+      scale: Factor of the logits.
+
+    Returns:
+      int32 [B, T, K, num_blocks], ascending, -1 last.
+    """
+    b, t, n, h = query.shape
+    m, k = key_cmp.shape[1:3]
+    dtype = _common.statistics_dtype(query, key_cmp)
+    query, key_cmp = jax.lax.stop_gradient((query, key_cmp.astype(dtype)))
+    count = -(-length // block_size)
+    blocks = jnp.arange(count, dtype=jnp.int32)
+
+    def select(query, positions, starts):
+        logits = scale * jnp.einsum(
+            "btkgh,bmkh->bkgtm",
+            query.reshape(b, -1, k, n // k, h).astype(dtype),
+            key_cmp,
+            precision=jax.lax.Precision.HIGHEST,
+        )
+        visible = _visible_windows(positions, starts, m, kernel_size, stride)
+        probabilities, _ = _common.masked_softmax(logits, visible[:, None, None])
+        scores = _block_scores(
+            jnp.sum(probabilities, axis=2), count, kernel_size, stride, block_size
+        )
+        scores = jnp.moveaxis(scores, 2, 1)  # [B, chunk, K, count]
+        first = (starts // block_size)[..., None, None]
+        own = (positions // block_size)[..., None, None]
+        forced = (blocks < first + num_initial) | (blocks > own - num_local)
+        # Blocks out of sight are told apart from those whose score is 0.
+        scores = jnp.where(forced, jnp.inf, scores)
+        scores = jnp.where((blocks >= first) & (blocks <= own), scores, -jnp.inf)
+        best, chosen = jax.lax.top_k(scores, min(num_blocks, count))
+        chosen = jnp.sort(jnp.where(best > -jnp.inf, chosen, count), axis=-1)
+        return jnp.where(chosen < count, chosen, -1)
+
+    chunk = _common.chunk_length(t, b * n * m * dtype.itemsize)
+    chosen = _common.map_query_chunks(
+        select, query, query_positions, document_starts, chunk=chunk
+    )
+    missing = num_blocks - chosen.shape[-1]
+    return jnp.pad(chosen, [(0, 0)] * 3 + [(0, missing)], constant_values=-1)
+
+
+def _block_scores(weights, count, kernel_size, stride, block_size):
+    """Σ_i |window_i ∩ block_j| / stride · weights_i: [..., M] -> [..., count].
+
+    Windows and blocks are both made of whole cells of `stride` tokens, so that the
+    overlap is the number of cells they share.
+    """
+    window_cells, block_cells = kernel_size // stride, block_size // stride
+    cells = count * block_cells
+    # Cell c lies in the windows c - window_cells + 1 to c.
+    before, after = window_cells - 1, cells - weights.shape[-1]
+    padded = jnp.pad(weights, [(0, 0)] * (weights.ndim - 1) + [(before, after)])
+    in_cells = sum(padded[..., i : i + cells] for i in range(window_cells))
+    return jnp.sum(
+        jnp.reshape(in_cells, (*weights.shape[:-1], count, block_cells)), axis=-1
+    )
+
+
+def _visible_windows(positions, starts, num_windows, kernel_size, stride):
+    """True [B, T, M] where a window lies between the query's document start and it."""
+    first = stride * jnp.arange(num_windows, dtype=jnp.int32)
+    last = first + kernel_size - 1
+    return (first >= starts[..., None]) & (last <= positions[..., None])
+
+
+def _query_range(query, length, segment_ids):
+    """Positions and document starts int [B, T] of queries that end a sequence."""
+    b, t = query.shape[:2]
+    positions = jnp.broadcast_to(jnp.arange(length - t, length), (b, t))
+    if segment_ids is None:
+        return positions, jnp.zeros_like(positions)
+    return positions, _common.document_starts(segment_ids)[:, length - t :]
+
+
+def _check_compressed(sizes, kernel_size, stride, length, segment_ids):
+    """The sequence's length S, once M, T and segment_ids are found to fit it."""
+    b, t, m = sizes["B"], sizes["T"], sizes["M"]
+    _common.group_size(sizes["N"], sizes["K"])
+    _common.check_positive(length=length)
+    if length is None:
+        length = t if segment_ids is None else segment_ids.shape[-1]
+    _common.check_segment_ids(segment_ids, b, length)
+    if t > length:
+        raise ValueError(
+            f"query has T={t} positions and the sequence only S={length}; the queries "
+            "are the last T positions of the sequence, so T may not exceed S"
+        )
+    needed = num_windows(length, kernel_size, stride)
+    if m != needed:
+        raise ValueError(
+            f"key_cmp has M={m} compressed tokens; a sequence of length={length} has "
+            f"{needed} with kernel_size={kernel_size} and stride={stride} (length says "
+            "how long the sequence is where there are fewer queries)"
+        )
+    return length
+
+
+def _check_windows(kernel_size, stride):
+    """Raises ValueError unless windows are made of whole strides."""
+    _common.check_positive(kernel_size=kernel_size, stride=stride)
+    if kernel_size % stride:
+        raise ValueError(
+            f"stride must divide kernel_size; got stride={stride}, "
+            f"kernel_size={kernel_size}"
+        )
+
+
+def check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local):
+    """Raises ValueError for sizes of a selection that contradict each other."""
+    _check_windows(kernel_size, stride)
+    _common.check_positive(
+        block_size=block_size, num_blocks=num_blocks, num_local=num_local
+    )
+    if block_size % stride or kernel_size > block_size:
+        raise ValueError(
+            "block_size must be a multiple of stride and at least kernel_size; got "
+            f"block_size={block_size}, stride={stride}, kernel_size={kernel_size}"
+        )
+    if not isinstance(num_initial, int) or num_initial < 0:
+        raise ValueError(f"num_initial must be an integer >= 0; got {num_initial!r}")
+    if num_blocks < num_initial + num_local:
+        raise ValueError(
+            "num_blocks counts the forced blocks and must be at least num_initial + "
+            f"num_local; got {num_blocks} < {num_initial} + {num_local}"
+        )
