@@ -1,1 +1,43 @@
 """Training, evaluation and comparison; import this package as ``jattn.train``."""
+
+from jattn.train.build import build_model, parameter_count
+from jattn.train.config import (
+    DataConfig,
+    ExpertsConfig,
+    MegabyteConfig,
+    MoBAConfig,
+    ModelConfig,
+    MonarchConfig,
+    NSAConfig,
+    OptimizerConfig,
+    SimplicialConfig,
+    TrainConfig,
+    UserError,
+)
+from jattn.train.data import Dataset, load_tokenizer
+from jattn.train.evaluate import Evaluation, make_evaluator
+from jattn.train.loop import TrainedModel, TrainResult, load_run, train
+
+__all__ = [
+    "DataConfig",
+    "Dataset",
+    "Evaluation",
+    "ExpertsConfig",
+    "MegabyteConfig",
+    "MoBAConfig",
+    "ModelConfig",
+    "MonarchConfig",
+    "NSAConfig",
+    "OptimizerConfig",
+    "SimplicialConfig",
+    "TrainConfig",
+    "TrainResult",
+    "TrainedModel",
+    "UserError",
+    "build_model",
+    "load_run",
+    "load_tokenizer",
+    "make_evaluator",
+    "parameter_count",
+    "train",
+]

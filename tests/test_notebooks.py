@@ -1,0 +1,47 @@
+"""Every notebook runs, and says the same as its paired source."""
+
+import pathlib
+
+import jupytext
+import nbclient
+import nbformat
+import pytest
+
+FOLDER = pathlib.Path(__file__).parents[1] / "notebooks"
+SOURCES = sorted(FOLDER.glob("*.py"))
+
+
+def cells(notebook):
+    return [(cell.cell_type, cell.source) for cell in notebook.cells]
+
+
+def test_there_are_notebooks():
+    assert SOURCES
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_notebook_and_source_are_in_step(source):
+    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    assert cells(notebook) == cells(jupytext.read(source)), (
+        f"run: jupytext --sync {source.name}"
+    )
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_notebook_runs(source, tmp_path):
+    notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+    client = nbclient.NotebookClient(
+        notebook,
+        timeout=300,
+        kernel_name="python3",
+        resources={"metadata": {"path": tmp_path}},
+    )
+    client.execute()
+    text = "".join(
+        output.text
+        for cell in notebook.cells
+        for output in cell.get("outputs", [])
+        if output.output_type == "stream" and output.name == "stdout"
+    )
+    assert "bits per byte on held-out text" in text
+    assert "def " in text

@@ -1,0 +1,143 @@
+"""Models from their configuration."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import jattn.models
+from jattn.train.config import ModelConfig, TrainConfig, UserError
+from jattn.train.data import bos_id, mask_id
+
+
+def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
+    """The model of a configuration.
+
+    Args:
+      config: Of the run.
+      vocab_size: Tokens of the tokenizer.
+
+    Returns:
+      A `jattn.models.DecoderLM`, `Megabyte` or `M2Bert`.
+
+    Raises:
+      UserError: Sizes do not fit each other.
+    """
+    try:
+        match config.model.scheme:
+            case "megabyte":
+                return _megabyte(config, vocab_size)
+            case "m2bert":
+                return _m2bert(config, vocab_size)
+            case _:
+                return _decoder(config, vocab_size)
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"the model cannot be built: {error}") from error
+
+
+def parameter_count(params: Any) -> int:
+    """How many numbers are trained, from parameters or their shapes."""
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def _decoder(config: TrainConfig, vocab_size: int) -> nn.Module:
+    model = config.model
+    return jattn.models.DecoderLM(
+        vocab_size=vocab_size,
+        bos_id=bos_id(vocab_size),
+        tie_embeddings=model.tie_embeddings,
+        **_stack(config, model.layers or model.scheme, model.num_layers),
+    )
+
+
+def _megabyte(config: TrainConfig, vocab_size: int) -> nn.Module:
+    model, sizes = config.model, config.model.megabyte
+    local = dataclasses.replace(
+        model,
+        features=sizes.local_features,
+        num_heads=sizes.local_features // _head_dim(model),
+        num_kv_heads=None,
+    )
+    return jattn.models.Megabyte(
+        vocab_size=vocab_size,
+        bos_id=bos_id(vocab_size),
+        patch_size=sizes.patch_size,
+        positions="rope",
+        tie_embeddings=model.tie_embeddings,
+        global_stage=jattn.models.BlockStack(
+            **_stack(config, sizes.global_mixers, sizes.global_layers)
+        ),
+        local_stage=jattn.models.BlockStack(
+            **_stack(
+                dataclasses.replace(config, model=local),
+                *(sizes.local_mixers, sizes.local_layers),
+            )
+        ),
+    )
+
+
+def _m2bert(config: TrainConfig, vocab_size: int) -> nn.Module:
+    model = config.model
+    return jattn.models.M2Bert(
+        vocab_size=mask_id(vocab_size) + 1,
+        max_length=config.data.context_length,
+        num_layers=model.num_layers,
+        features=model.features,
+        hidden=_hidden(model),
+        num_blocks=model.monarch.num_blocks,
+        filter_order=model.monarch.filter_order,
+        dropout_rate=0.0,
+        dtype=jnp.dtype(config.dtype),
+        implementation=model.implementation,
+    )
+
+
+def _stack(config: TrainConfig, mixers: str, num_layers: int) -> dict[str, Any]:
+    """Fields of a BlockStack."""
+    model = config.model
+    return {
+        "features": model.features,
+        "num_layers": num_layers,
+        "num_heads": model.num_heads,
+        "head_dim": _head_dim(model),
+        "hidden": _hidden(model),
+        "num_kv_heads": model.num_kv_heads,
+        "mixers": mixers,
+        "mixer_options": _mixer_options(config, mixers),
+        "num_experts": model.experts.num_experts,
+        "experts_per_token": model.experts.top_k,
+        "num_shared_experts": model.experts.num_shared,
+        "remat": model.remat,
+        "dtype": jnp.dtype(config.dtype),
+    }
+
+
+def _head_dim(model: ModelConfig) -> int:
+    return model.head_dim or model.features // model.num_heads
+
+
+def _hidden(model: ModelConfig) -> int:
+    # SwiGLU has three matrices instead of two: 8/3 keeps the usual 8 features**2.
+    return model.hidden or -(-model.features // 3) * 8
+
+
+def _mixer_options(config: TrainConfig, mixers: str) -> dict[str, dict[str, Any]]:
+    """What mixers need beyond heads and features, by name."""
+    model = config.model
+    sizes = {
+        "nsa": dataclasses.asdict(model.nsa),
+        "moba": dataclasses.asdict(model.moba),
+        "simplicial": dataclasses.asdict(model.simplicial),
+        "monarch": {
+            "filter_order": model.monarch.filter_order,
+            "max_length": config.data.context_length,
+        },
+    }
+    return {
+        mixer: {"implementation": model.implementation, **sizes.get(mixer, {})}
+        for mixer in mixers.split()
+    }

@@ -1,0 +1,174 @@
+"""The command line: jattn train, compare, generate, eval."""
+
+import dataclasses
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import rich.console
+import rich.table
+import tyro
+
+from jattn.models import Sampling
+from jattn.train.compare import CompareConfig, compare
+from jattn.train.config import TrainConfig, UserError
+from jattn.train.data import Dataset
+from jattn.train.evaluate import make_evaluator
+from jattn.train.generate import stream_text
+from jattn.train.loop import load_run, train
+from jattn.train.report import COLUMNS, table_rows
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    """How to continue a prompt.
+
+    Attributes:
+      run: Folder of a run that `jattn train` or `jattn compare` wrote.
+      prompt: Text to continue.
+      max_new_tokens: Tokens to generate.
+      temperature: Divides the logits; 0 takes the most likely token.
+      top_k: Draw from the k most likely tokens only.
+      top_p: Draw from the fewest most likely tokens that sum to this probability.
+      seed: Of the random draws.
+      step: Which checkpoint; the one with the least validation loss if None.
+    """
+
+    run: tyro.conf.Positional[str]
+    prompt: str = ""
+    max_new_tokens: int = 256
+    temperature: float = 0.8
+    top_k: int | None = None
+    top_p: float | None = None
+    seed: int = 0
+    step: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalConfig:
+    """What to measure a run on.
+
+    Attributes:
+      run: Folder of a run that `jattn train` or `jattn compare` wrote.
+      paths: Files and folders to measure on; the run's own text if there are none.
+        The held-out part is used, chosen as in training.
+      batches: Batches to measure; those of the run's evaluations if None.
+      step: Which checkpoint; the one with the least validation loss if None.
+    """
+
+    run: tyro.conf.Positional[str]
+    paths: tuple[str, ...] = ()
+    batches: int | None = None
+    step: int | None = None
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, or 2 for what a user can mend."""
+    config = tyro.cli(
+        Annotated[
+            Annotated[TrainConfig, tyro.conf.subcommand("train")]
+            | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
+            | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
+            | Annotated[EvalConfig, tyro.conf.subcommand("eval")],
+            tyro.conf.OmitSubcommandPrefixes,
+        ],
+        prog="jattn",
+        description="Trains, compares and samples from models of sequence mixers.",
+        args=arguments,
+    )
+    try:
+        match config:
+            case TrainConfig():
+                _train(config)
+            case CompareConfig():
+                _compare(config)
+            case GenerateConfig():
+                _generate(config)
+            case EvalConfig():
+                _evaluate(config)
+        sys.stdout.flush()
+    except UserError as error:
+        print(f"jattn: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:
+        # The reader has gone, as `head` does. Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _train(config: TrainConfig) -> None:
+    console = rich.console.Console()
+    result = train(config, progress=True)
+    console.print(f"{result.parameter_count:,} parameters", highlight=False)
+    if result.interrupted:
+        again = "run the same command again to go on" if config.out else "nothing kept"
+        console.print(f"stopped after step {result.step:,}; {again}", highlight=False)
+        return
+    assert result.validation is not None
+    console.print(
+        f"validation {result.validation.bits_per_byte:.3f} bits per byte "
+        f"(unigram entropy {result.entropies.unigram:.3f}, bigram entropy "
+        f"{result.entropies.bigram:.3f}), {result.tokens_per_second:,.0f} tokens/s",
+        highlight=False,
+    )
+    if config.out:
+        console.print(f"kept in {config.out}", highlight=False)
+
+
+def _compare(config: CompareConfig) -> None:
+    console = rich.console.Console()
+    comparison = compare(config, progress=True)
+    table = rich.table.Table(box=None, padding=(0, 1))
+    for index, (name, _, _) in enumerate(COLUMNS):
+        table.add_column(name, justify="right" if index else "left")
+    for row in table_rows(comparison.results):
+        table.add_row(*row)
+    for name, value in comparison.references.items():
+        table.add_row(name, "", f"{value:.3f}", style="dim")
+    console.print(table)
+    if comparison.report is None:
+        console.print("stopped; run the same command again to go on", highlight=False)
+    else:
+        console.print(f"report: {comparison.report}", highlight=False)
+
+
+def _generate(config: GenerateConfig) -> None:
+    try:
+        sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    run = load_run(config.run, config.step)
+    print(config.prompt, end="", flush=True)
+    for piece in stream_text(
+        run.model,
+        run.params,
+        run.tokenizer,
+        config.prompt,
+        max_new_tokens=config.max_new_tokens,
+        sampling=sampling,
+        seed=config.seed,
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+def _evaluate(config: EvalConfig) -> None:
+    run = load_run(config.run, config.step)
+    data_config = run.config.data
+    if config.paths:
+        data_config = dataclasses.replace(data_config, paths=config.paths)
+    data = Dataset(data_config, seed=run.config.seed, align=run.config.align)
+    batches = config.batches or run.config.eval_batches
+    evaluate = make_evaluator(run.model, run.config, data.vocab_size)
+    found = evaluate(run.params, data.validation_batches(batches))
+    print(
+        f"step {run.step}: {found.bits_per_byte:.4f} bits per byte, loss "
+        f"{found.loss:.4f} nats per token over {found.tokens:,} tokens "
+        f"(unigram entropy {data.entropies.unigram:.3f}, bigram entropy "
+        f"{data.entropies.bigram:.3f} bits per byte)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
