@@ -1,5 +1,51 @@
 """What each scheme computes: pure functions of arrays, without parameters."""
 
+from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.dense import dense_attention
+from jattn.ops.long_conv import long_conv
+from jattn.ops.moba import (
+    key_convolution,
+    mixture_of_block_attention,
+    moba_select_blocks,
+)
+from jattn.ops.monarch import (
+    causal_monarch_conv,
+    causal_monarch_factors,
+    monarch_from_dense,
+    monarch_matmul,
+)
+from jattn.ops.nsa import (
+    compressed_attention,
+    native_sparse_attention,
+    nsa_select_blocks,
+    nsa_windows,
+)
+from jattn.ops.selective import (
+    selection_mask,
+    selective_attention,
+    selective_eviction,
+    selective_memory,
+)
+from jattn.ops.simplicial import two_simplicial_attention
 
-__all__ = ["dense_attention"]
+__all__ = [
+    "block_sparse_attention",
+    "causal_monarch_conv",
+    "causal_monarch_factors",
+    "compressed_attention",
+    "dense_attention",
+    "key_convolution",
+    "long_conv",
+    "mixture_of_block_attention",
+    "moba_select_blocks",
+    "monarch_from_dense",
+    "monarch_matmul",
+    "native_sparse_attention",
+    "nsa_select_blocks",
+    "nsa_windows",
+    "selection_mask",
+    "selective_attention",
+    "selective_eviction",
+    "selective_memory",
+    "two_simplicial_attention",
+]

@@ -25,7 +25,7 @@ class Pairs(NamedTuple):
       starts: int32 [D, C, M, blocks + 1]: where each block's pairs start.
       firsts: int32 [D, C, 2]: the first (batch, kv head) of each portion, counted
         through, and the first query of each chunk.
-      live: bool [D, C, M, L, R, n]: which pairs have a block.
+      live: bool [D, C, L, M, R, n]: which pairs have a block.
     """
 
     pairs: jax.Array
@@ -118,7 +118,7 @@ def sort_pairs(
     of_pair = of_pair.reshape(b, chunks, length, k, r, n)
     of_pair = jnp.moveaxis(of_pair, 3, 1).reshape(parts, -1, chunks, length, r, n)
     of_pair = jnp.moveaxis(of_pair, 2, 1)  # [D, C, M, L, R, n]
-    live = of_pair < blocks
+    live = jnp.moveaxis(of_pair < blocks, 2, 3)
 
     # One flat sort, since GPUs sort one long row much faster than many short ones.
     shape = of_pair.shape[:3]

@@ -173,7 +173,7 @@ def forward(
             width=launch.key_width + launch.value_width,
         )
         # A pair without a block has no partial result: its memory may hold anything.
-        live = pairs.live[..., None]  # [M, L, R, n, 1]
+        live = pairs.live[..., None]  # [L, M, R, n, 1]
         lse = jnp.where(live, partial_lse, -jnp.inf)
         peak = jnp.max(lse, axis=-2, keepdims=True)
         peak = jnp.where(jnp.isneginf(peak), 0, peak)
@@ -213,6 +213,9 @@ def backward(
     launch = _Launch(query, value, pairs, segment_ids, block, tiling)
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
+    # The kernel sees the gradient as rounded to its dtype: delta has to be of that one,
+    # and not of one that XLA knows in higher precision, for the two to cancel.
+    out_gradient = jax.lax.optimization_barrier(out_gradient)
     delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
     delta = jnp.sum(delta, axis=-1) - lse_gradient
     partial_shape = (*pairs.live.shape[2:], launch.group, launch.key_width)
@@ -270,11 +273,11 @@ def backward(
 
 
 def _join_chunks(x, shape, kv_heads):
-    """[D, C, M, L, R, G, ...] -> shape [B, T, N, ...]."""
+    """[D, C, L, M, R, G, ...] -> shape [B, T, N, ...]."""
     b, t = shape[:2]
-    x = jnp.moveaxis(x, 1, 2)  # [D, M, C, L, ...]
-    x = x.reshape(b, kv_heads, -1, *x.shape[4:])[:, :, :t]  # [B, K, T, R, G, ...]
-    return jnp.moveaxis(x, 1, 2).reshape(shape)
+    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]  # [D, T, M, ...]
+    x = jnp.moveaxis(x, 0, 1).reshape(t, b, kv_heads, *x.shape[3:])
+    return jnp.moveaxis(x, 1, 0).reshape(shape)
 
 
 def _add_units(sums, partials, starts):
@@ -303,7 +306,7 @@ class _Launch:
     def __init__(self, query, value, pairs, segment_ids, block, tiling):
         self.queries, heads, self.key_width = query.shape[1:]
         self.keys, self.kv_heads, self.value_width = value.shape[1:]
-        self.length, self.lists, self.slots = pairs.live.shape[3:]
+        self.lists, self.slots = pairs.live.shape[4:]
         self.group = heads // (self.kv_heads * self.lists)
         self.blocks = pairs.starts.shape[-1] - 1
         self.block = block
@@ -338,7 +341,6 @@ class _Launch:
             float(scale) * LOG2_E,
             self.queries,
             self.keys,
-            self.length,
             pairs.pairs.shape[-1],
             units.blocks.shape[-1],
             outputs=outputs,
@@ -393,7 +395,6 @@ def _load_pairs(
     batch,
     kv_head,
     queries,
-    length,
     KV_HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -403,7 +404,7 @@ def _load_pairs(
     """Where the rows of a tile come from and go to.
 
     Returns which of them hold anything, their query, their row in arrays [B, T, N, ..]
-    and their row in partial results [M, L, R, n, G, ..].
+    and their row in partial results [L, M, R, n, G, ..].
     """
     row = tl.arange(0, ROWS)
     index = start + row // GROUP
@@ -415,7 +416,7 @@ def _load_pairs(
     query = first_token + token
     source = (batch * queries + query).to(tl.int64) * (KV_HEADS * LISTS * GROUP)
     source += (kv_head * LISTS + member) * GROUP + row % GROUP
-    target = (kv_row * length + token).to(tl.int64) * LISTS + member
+    target = (token.to(tl.int64) * tl.num_programs(1) + kv_row) * LISTS + member
     target = target * SLOTS + pair % SLOTS
     return live, query, source, target * GROUP + row % GROUP
 
@@ -434,11 +435,10 @@ def _forward_kernel(
     scale_log2,
     queries,
     keys,
-    length,
     pairs,
     units,
-    partial_out_ptr,  # [M, L, R, n, G, V]
-    partial_lse_ptr,  # [M, L, R, n, G]
+    partial_out_ptr,  # [L, M, R, n, G, V]
+    partial_lse_ptr,  # [L, M, R, n, G]
     KV_HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -482,7 +482,6 @@ def _forward_kernel(
             batch,
             kv_head,
             queries,
-            length,
             KV_HEADS,
             LISTS,
             SLOTS,
@@ -526,10 +525,9 @@ def _backward_kernel(
     scale_log2,
     queries,
     keys,
-    length,
     pairs,
     units,
-    partial_query_ptr,  # [M, L, R, n, G, H]
+    partial_query_ptr,  # [L, M, R, n, G, H]
     partial_key_ptr,  # [M, U, BLOCK, H], without the factor scale
     partial_value_ptr,  # [M, U, BLOCK, V]
     KV_HEADS: tl.constexpr,
@@ -578,7 +576,6 @@ def _backward_kernel(
             batch,
             kv_head,
             queries,
-            length,
             KV_HEADS,
             LISTS,
             SLOTS,

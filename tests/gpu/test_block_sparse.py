@@ -106,13 +106,6 @@ def test_numerical_gate(monkeypatch, name):
         np.testing.assert_array_equal(actual[result], again[result], result)
 
 
-def test_is_what_none_selects():
-    arrays, indices, options, _ = inputs({"t": 257})
-    attend = functools.partial(block_sparse_attention, *arrays, indices, **options)
-    np.testing.assert_array_equal(attend(), attend(implementation="triton"))
-    assert np.any(attend() != attend(implementation="xla"))
-
-
 def test_unseen_memory_does_not_matter():
     arrays, indices, options, cotangents = inputs({"t": 1000, "g": 16})
     indices = jnp.where(indices == 5, 4, indices)

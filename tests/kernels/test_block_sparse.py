@@ -133,6 +133,17 @@ def test_transformations_agree():
             np.testing.assert_array_equal(x, y)
 
 
+def test_the_operation_runs_it_on_request(monkeypatch):
+    *arrays, indices = inputs(t=18, k=1)
+    attend = functools.partial(block_sparse_attention, *arrays, indices, block_size=16)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+        attend(implementation="triton")
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    expected = kernel.attend(*arrays, indices, None, 16, 0.25)
+    actual = attend(implementation="triton", return_lse=True)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
 def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
     def shape(*sizes, dtype=jnp.bfloat16):
         return jax.ShapeDtypeStruct(sizes, dtype)
