@@ -28,4 +28,8 @@ $(VENV)/.base: pyproject.toml constraints.txt
 
 $(VENV)/.dev: $(VENV)/.base
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	@# What compiles kernels for a GPU on a machine without one: the plugin alone,
+	@# not the gigabytes of CUDA libraries that it names as dependencies.
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
+		jax-cuda13-plugin
 	touch $@

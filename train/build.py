@@ -108,6 +108,8 @@ def _stack(config: TrainConfig, mixers: str, num_layers: int) -> dict[str, Any]:
         "num_kv_heads": model.num_kv_heads,
         "mixers": mixers,
         "mixer_options": _mixer_options(config, mixers),
+        "feed_forward": model.feed_forward
+        or ("block_diagonal" if model.scheme == "monarch" else "swiglu"),
         "num_experts": model.experts.num_experts,
         "experts_per_token": model.experts.top_k,
         "num_shared_experts": model.experts.num_shared,

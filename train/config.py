@@ -157,6 +157,8 @@ class ModelConfig:
       head_dim: Width of a head; features / num_heads if None.
       hidden: Width of a feed-forward layer, or of one expert; 8/3 of features, in
         multiples of 8, if None.
+      feed_forward: swiglu or block_diagonal; the latter for monarch if None, as Monarch
+        Mixer models have it.
       tie_embeddings: Whether the output layer is the embedding.
       remat: Recompute each layer in the backward pass instead of keeping it.
       implementation: Of the sequence mixers; the fastest one there is if None.
@@ -176,6 +178,7 @@ class ModelConfig:
     num_kv_heads: int | None = None
     head_dim: int | None = None
     hidden: int | None = None
+    feed_forward: Literal["swiglu", "block_diagonal"] | None = None
     tie_embeddings: bool = True
     remat: bool = False
     implementation: Literal["xla", "pallas", "triton"] | None = None

@@ -10,6 +10,9 @@ from jattn.train.config import OptimizerConfig
 
 # Parameters of two and more dimensions that are no linear maps.
 _NOT_DECAYED = ("bias", "embedding", "pad", "position", "scale")
+# Learning rate of the features that Monarch Mixer's filters are functions of, over that
+# of everything else: 1e-5 and 8e-4 where they were first trained.
+_POSITION_FEATURES_RATE = 1 / 80
 # What an expert's kernels are called; their first axis counts experts.
 _EXPERT_KERNELS = ("gate", "up", "down")
 
@@ -67,7 +70,11 @@ def make_optimizer(config: OptimizerConfig, steps: int) -> optax.GradientTransfo
             weight_decay=config.weight_decay,
             mask=decayed,
         )
-    return optax.chain(optax.clip_by_global_norm(config.clip_norm), optimizer)
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip_norm),
+        optimizer,
+        optax.masked(optax.scale(_POSITION_FEATURES_RATE), _is_position_features),
+    )
 
 
 def decayed(params: Any) -> Any:
@@ -89,7 +96,9 @@ def muon_dimension_numbers(params: Any) -> Any:
             return MuonDimensionNumbers(1, 2)
         if names[-1] != "kernel" or "head" in names:
             return None
-        if leaf.ndim == 3 and any(name.startswith("mlp") for name in names):
+        if leaf.ndim == 3 and any(
+            name == "feed_forward" or name.startswith("mlp") for name in names
+        ):
             # Block-diagonal: [blocks, in, out].
             return MuonDimensionNumbers(1, 2)
         if leaf.ndim == 3 and names[-2] == "out":  # [N, H, features]
@@ -101,6 +110,12 @@ def muon_dimension_numbers(params: Any) -> Any:
         return MuonDimensionNumbers(0, 1)
 
     return jax.tree_util.tree_map_with_path(dimension_numbers, params)
+
+
+def _is_position_features(params: Any) -> Any:
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: _names(path)[-1] == "position_features", params
+    )
 
 
 def _names(path) -> list[str]:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import flax.linen as nn
 import jax
@@ -10,11 +10,13 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from jattn.models.feed_forward import MixtureOfExperts, SwiGLU
-from jattn.nn import MIXERS
+from jattn.nn import MIXERS, BlockDiagonalMLP
 from jattn.ops import _common
 
 # A name of `jattn.nn.MIXERS`, or a module class that keeps the same protocol.
 Mixer = str | type[nn.Module]
+
+FeedForward = Literal["swiglu", "block_diagonal"]
 
 
 class Block(nn.Module):
@@ -74,7 +76,9 @@ class BlockStack(nn.Module):
         than the stack repeats.
       mixer_options: Further fields of the mixers by name, such as
         ``{"moba": {"block_size": 64}}``.
-      num_experts: Routed experts of each feed-forward layer; 0 for a dense one.
+      feed_forward: "swiglu", or "block_diagonal" for that of Monarch Mixer models.
+      num_experts: Routed experts of each feed-forward layer, which are SwiGLUs; 0 for
+        a dense one.
       experts_per_token: How many of them a token goes to.
       num_shared_experts: Experts that see every token.
       remat: Recompute each layer in the backward pass instead of keeping it.
@@ -94,6 +98,7 @@ class BlockStack(nn.Module):
     num_kv_heads: int | None = None
     mixers: str | tuple[Mixer, ...] = "dense"
     mixer_options: Mapping[Mixer, Mapping[str, Any]] = FrozenDict()
+    feed_forward: FeedForward = "swiglu"
     num_experts: int = 0
     experts_per_token: int = 2
     num_shared_experts: int = 0
@@ -114,6 +119,16 @@ class BlockStack(nn.Module):
             raise ValueError(
                 f"mixers names {len(self.pattern())} layers and the stack has only "
                 f"num_layers={self.num_layers}; a shorter pattern repeats"
+            )
+        if self.feed_forward not in get_args(FeedForward):
+            raise ValueError(
+                f"feed_forward must be one of {', '.join(get_args(FeedForward))}; got "
+                f"{self.feed_forward!r}"
+            )
+        if self.num_experts and self.feed_forward != "swiglu":
+            raise ValueError(
+                "experts are SwiGLUs: num_experts needs feed_forward='swiglu'; got "
+                f"num_experts={self.num_experts} and {self.feed_forward!r}"
             )
         for mixer in {*self.pattern(), *self.mixer_options}:
             options = self.mixer_options.get(mixer, {})
@@ -167,7 +182,13 @@ class BlockStack(nn.Module):
     def _feed_forward(self) -> nn.Module:
         """A feed-forward layer, bound to no parent."""
         if not self.num_experts:
-            return SwiGLU(self.hidden, self.dtype, self.param_dtype, parent=None)
+            dense = {"swiglu": SwiGLU, "block_diagonal": BlockDiagonalMLP}
+            return dense[self.feed_forward](
+                self.hidden,
+                dtype=self.dtype,
+                param_dtype=self.param_dtype,
+                parent=None,
+            )
         return MixtureOfExperts(
             num_experts=self.num_experts,
             experts_per_token=self.experts_per_token,

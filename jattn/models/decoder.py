@@ -35,6 +35,7 @@ class DecoderLM(nn.Module):
       mixers: Mixer of each layer, such as "dense dense dense simplicial"; the pattern
         repeats.
       mixer_options: Further fields of the mixers by name.
+      feed_forward: "swiglu", or "block_diagonal" for that of Monarch Mixer models.
       num_experts: Routed experts of each feed-forward layer; 0 for a dense one.
       experts_per_token: How many of them a token goes to.
       num_shared_experts: Experts that see every token.
@@ -57,6 +58,7 @@ class DecoderLM(nn.Module):
     num_kv_heads: int | None = None
     mixers: str | tuple[blocks.Mixer, ...] = "dense"
     mixer_options: Mapping[blocks.Mixer, Mapping[str, Any]] = FrozenDict()
+    feed_forward: blocks.FeedForward = "swiglu"
     num_experts: int = 0
     experts_per_token: int = 2
     num_shared_experts: int = 0

@@ -65,13 +65,10 @@ def block_sparse_attention(
     sizes = _common.check_attention(query, key, value, segment_ids)
     _common.check_positive(block_size=block_size)
     _check_block_indices(block_indices, sizes)
-    # Only on request, until all of tests/gpu has passed on the kernel as it is.
-    kernels = []
-    if implementation == "triton":
-        reason = unsupported(query, key, value, block_indices, block_size)
-        kernels = [("triton", reason)]
     chosen = _common.choose_implementation(
-        "block_sparse_attention", implementation, kernels
+        "block_sparse_attention",
+        implementation,
+        [("triton", unsupported(query, key, value, block_indices, block_size))],
     )
     scale = _common.default_scale(scale, sizes["H"])
     if chosen == "triton":

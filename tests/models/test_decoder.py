@@ -282,3 +282,23 @@ def test_wrong_fields_are_named(options, message):
 def test_wrong_arguments_are_named(row, options, message):
     with pytest.raises(ValueError, match=message):
         jax.eval_shape(lambda: make().init(jax.random.key(0), row, **options))
+
+
+def test_the_block_diagonal_feed_forward_is_that_of_monarch_mixer():
+    model = make(mixers="dense", feed_forward="block_diagonal")
+    layer = init(model)["params"]["blocks"]["layer_0"]
+    assert layer["feed_forward"]["in"]["kernel"].shape == (4, 16 // 4, 2 * 24 // 4)
+    logits = apply(model, init(model), tokens())
+    assert logits.shape == (2, 13, VOCAB)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"feed_forward": "relu"}, "feed_forward must be one of swiglu, block_diag"),
+        ({"feed_forward": "block_diagonal", "num_experts": 4}, "experts are SwiGLUs"),
+    ],
+)
+def test_feed_forwards_that_do_not_exist(options, message):
+    with pytest.raises(ValueError, match=message):
+        make(**options)

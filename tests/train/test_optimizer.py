@@ -191,3 +191,31 @@ def test_adamw_against_its_equations():
             expected[name] -= rates_[step] * (update + decay * expected[name])
     for name, value in expected.items():
         np.testing.assert_allclose(params[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_position_features_learn_at_an_eightieth_of_the_rate():
+    params = {"position_features": jnp.zeros((3, 5)), "kernel": jnp.zeros((3, 5))}
+    optimizer = make_optimizer(OptimizerConfig(warmup_steps=0), 10)
+    gradient = jax.tree.map(jnp.ones_like, params)
+    updates, _ = optimizer.update(gradient, optimizer.init(params), params)
+    np.testing.assert_allclose(
+        updates["position_features"], updates["kernel"] / 80, rtol=1e-6
+    )
+
+
+def test_muon_takes_the_diagonal_blocks_of_a_decoder_apart():
+    model = jattn.models.DecoderLM(
+        vocab_size=5,
+        bos_id=5,
+        features=8,
+        num_layers=1,
+        num_heads=2,
+        head_dim=4,
+        hidden=8,
+        feed_forward="block_diagonal",
+    )
+    params = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 3), int))
+    block = muon_dimension_numbers(params["params"])["blocks"]["layer_0"]
+    for name in ("in", "out"):
+        assert block["feed_forward"][name]["kernel"] == MuonDimensionNumbers(1, 2)
+    assert block["mixer"]["out"]["kernel"] == MuonDimensionNumbers((0, 1), 2)
