@@ -5,13 +5,18 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint clean
+.PHONY: demo test test-gpu lint clean
 
 demo: $(VENV)/.base
 	$(BIN)/jattn compare --out runs/demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
+
+test-gpu: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
+	JAX_PLATFORMS=cuda XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
+		$(BIN)/python -m pytest tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

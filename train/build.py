@@ -1,6 +1,8 @@
 """Models from their configuration."""
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -23,9 +25,10 @@ def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
       A `jattn.models.DecoderLM`, `Megabyte` or `M2Bert`.
 
     Raises:
-      UserError: Sizes do not fit each other.
+      UserError: Sizes do not fit each other. What a mixer or an operation has to say
+        about its own sizes it says when it is traced; see `model_errors`.
     """
-    try:
+    with model_errors():
         match config.model.scheme:
             case "megabyte":
                 return _megabyte(config, vocab_size)
@@ -33,9 +36,14 @@ def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
                 return _m2bert(config, vocab_size)
             case _:
                 return _decoder(config, vocab_size)
-    except UserError:
-        raise
-    except ValueError as error:
+
+
+@contextlib.contextmanager
+def model_errors() -> Iterator[None]:
+    """Turns what a model raises when it is built or traced into a `UserError`."""
+    try:
+        yield
+    except (ValueError, NotImplementedError) as error:
         raise UserError(f"the model cannot be built: {error}") from error
 
 
@@ -46,20 +54,35 @@ def parameter_count(params: Any) -> int:
 
 def _decoder(config: TrainConfig, vocab_size: int) -> nn.Module:
     model = config.model
+    mixers = model.layers or model.scheme
+    if "moba" in mixers.split():
+        blocks = -(-config.data.context_length // model.moba.block_size)
+        if model.moba.top_k > blocks:
+            raise UserError(
+                f"model.moba.top_k may be at most {blocks}, the blocks of "
+                f"{model.moba.block_size} tokens in a context of "
+                f"{config.data.context_length}; got {model.moba.top_k}"
+            )
     return jattn.models.DecoderLM(
         vocab_size=vocab_size,
         bos_id=bos_id(vocab_size),
         tie_embeddings=model.tie_embeddings,
-        **_stack(config, model.layers or model.scheme, model.num_layers),
+        **_stack(config, mixers, model.num_layers),
     )
 
 
 def _megabyte(config: TrainConfig, vocab_size: int) -> nn.Module:
     model, sizes = config.model, config.model.megabyte
+    head_dim = _head_dim(model)
+    if sizes.local_features % head_dim:
+        raise UserError(
+            "model.megabyte.local_features must be a multiple of the width of a head; "
+            f"got {sizes.local_features} and {head_dim}"
+        )
     local = dataclasses.replace(
         model,
         features=sizes.local_features,
-        num_heads=sizes.local_features // _head_dim(model),
+        num_heads=sizes.local_features // head_dim,
         num_kv_heads=None,
     )
     return jattn.models.Megabyte(

@@ -36,6 +36,7 @@ class Checkpoints(contextlib.AbstractContextManager):
     def __init__(self, folder: str | os.PathLike, keep: int | None = None):
         self._folder = Path(folder).absolute()
         self._read_only = keep is None
+        logging.getLogger("absl").addFilter(_for_users)
         options = ocp.CheckpointManagerOptions(
             # best_fn makes Orbax store the loss; the policy decides what is kept.
             best_fn=_validation_loss,
@@ -52,10 +53,10 @@ class Checkpoints(contextlib.AbstractContextManager):
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
+            logging.getLogger("absl").removeFilter(_for_users)
             raise UserError(
                 f"{self._folder} cannot be used for checkpoints: {error.strerror}"
             ) from error
-        logging.getLogger("absl").addFilter(_not_a_failed_write)
 
     def __exit__(self, *exc_info) -> None:
         """Waits for the last checkpoint; raises UserError if it cannot be written."""
@@ -65,7 +66,7 @@ class Checkpoints(contextlib.AbstractContextManager):
             self._manager.close()
             if not self._read_only:  # another process may be writing
                 self._remove_unfinished()
-            logging.getLogger("absl").removeFilter(_not_a_failed_write)
+            logging.getLogger("absl").removeFilter(_for_users)
 
     def steps(self) -> list[int]:
         """The steps of all checkpoints, in order."""
@@ -216,6 +217,7 @@ def _restore_arrays(shapes: Any) -> ocp.args.StandardRestore:
     )
 
 
-def _not_a_failed_write(record: logging.LogRecord) -> bool:
-    """Drops the traceback Orbax logs of an error that it raises as well."""
-    return not (record.exc_info and "orbax" in record.pathname)
+def _for_users(record: logging.LogRecord) -> bool:
+    """Drops Orbax's warnings, and tracebacks of errors that it raises as well."""
+    of_interest = record.levelno > logging.WARNING and not record.exc_info
+    return of_interest or "orbax" not in record.pathname

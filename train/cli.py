@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -11,13 +12,15 @@ import rich.table
 import tyro
 
 from jattn.models import Sampling
-from jattn.train.compare import CompareConfig, compare
+from jattn.train.compare import CompareConfig, Comparison, compare
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.data import Dataset
 from jattn.train.evaluate import make_evaluator
 from jattn.train.generate import stream_text
 from jattn.train.loop import load_run, train
 from jattn.train.report import COLUMNS, table_rows
+
+_Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +38,7 @@ class GenerateConfig:
       step: Which checkpoint; the one with the least validation loss if None.
     """
 
-    run: tyro.conf.Positional[str]
+    run: _Run
     prompt: str = ""
     max_new_tokens: int = 256
     temperature: float = 0.8
@@ -57,27 +60,56 @@ class EvalConfig:
       step: Which checkpoint; the one with the least validation loss if None.
     """
 
-    run: tyro.conf.Positional[str]
+    run: _Run
     paths: tuple[str, ...] = ()
     batches: int | None = None
     step: int | None = None
 
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        if self.batches is not None and self.batches < 1:
+            raise UserError(f"batches must be greater than 0; got {self.batches}")
+
+
+_Command = Annotated[
+    Annotated[
+        TrainConfig,
+        tyro.conf.subcommand(
+            "train", description="Train a model, or go on with a run."
+        ),
+    ]
+    | Annotated[
+        CompareConfig,
+        tyro.conf.subcommand(
+            "compare",
+            description="Train every scheme on the same text and write a report.",
+        ),
+    ]
+    | Annotated[
+        GenerateConfig,
+        tyro.conf.subcommand(
+            "generate", description="Continue a prompt with a trained model."
+        ),
+    ]
+    | Annotated[
+        EvalConfig,
+        tyro.conf.subcommand(
+            "eval", description="Measure a trained model on held-out text."
+        ),
+    ],
+    tyro.conf.OmitSubcommandPrefixes,
+]
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 2 for what a user can mend."""
-    config = tyro.cli(
-        Annotated[
-            Annotated[TrainConfig, tyro.conf.subcommand("train")]
-            | Annotated[CompareConfig, tyro.conf.subcommand("compare")]
-            | Annotated[GenerateConfig, tyro.conf.subcommand("generate")]
-            | Annotated[EvalConfig, tyro.conf.subcommand("eval")],
-            tyro.conf.OmitSubcommandPrefixes,
-        ],
-        prog="jattn",
-        description="Trains, compares and samples from models of sequence mixers.",
-        args=arguments,
-    )
     try:
+        config = tyro.cli(
+            _Command,
+            prog="jattn",
+            description="Train, compare and sample from models of sequence mixers.",
+            args=arguments,
+        )
         match config:
             case TrainConfig():
                 _train(config)
@@ -89,8 +121,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _evaluate(config)
         sys.stdout.flush()
     except UserError as error:
-        print(f"jattn: {error}", file=sys.stderr)
+        # Libraries that were asked may have broken what they said into lines.
+        print(f"jattn: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 128 + signal.SIGINT
     except BrokenPipeError:
         # The reader has gone, as `head` does. Python would complain at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -119,18 +155,30 @@ def _train(config: TrainConfig) -> None:
 def _compare(config: CompareConfig) -> None:
     console = rich.console.Console()
     comparison = compare(config, progress=True)
-    table = rich.table.Table(box=None, padding=(0, 1))
-    for index, (name, _, _) in enumerate(COLUMNS):
-        table.add_column(name, justify="right" if index else "left")
-    for row in table_rows(comparison.results):
-        table.add_row(*row)
-    for name, value in comparison.references.items():
-        table.add_row(name, "", f"{value:.3f}", style="dim")
-    console.print(table)
+    if comparison.results:
+        console.print(_table(comparison))
     if comparison.report is None:
         console.print("stopped; run the same command again to go on", highlight=False)
     else:
         console.print(f"report: {comparison.report}", highlight=False)
+
+
+def _table(comparison: Comparison) -> rich.table.Table:
+    """The results in 80 columns."""
+    table = rich.table.Table(
+        box=None, padding=(0, 2), collapse_padding=True, pad_edge=False
+    )
+    for index, (name, _, _) in enumerate(COLUMNS):
+        table.add_column(
+            name.replace(" ", "\n"),
+            justify="right" if index else "left",
+            vertical="bottom",
+        )
+    for row in table_rows(comparison.results):
+        table.add_row(*row)
+    for name, value in comparison.references.items():
+        table.add_row(name, "", f"{value:.3f}", style="dim")
+    return table
 
 
 def _generate(config: GenerateConfig) -> None:
@@ -139,8 +187,7 @@ def _generate(config: GenerateConfig) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     run = load_run(config.run, config.step)
-    print(config.prompt, end="", flush=True)
-    for piece in stream_text(
+    text = stream_text(
         run.model,
         run.params,
         run.tokenizer,
@@ -148,7 +195,10 @@ def _generate(config: GenerateConfig) -> None:
         max_new_tokens=config.max_new_tokens,
         sampling=sampling,
         seed=config.seed,
-    ):
+    )
+    # The prompt comes with the first piece, when nothing can be refused any more.
+    print(config.prompt, next(text), sep="", end="", flush=True)
+    for piece in text:
         print(piece, end="", flush=True)
     print()
 

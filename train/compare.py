@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jattn
-from jattn.models import Sampling, decode, prefill
-from jattn.train.build import build_model, parameter_count
+from jattn.models import Sampling
+from jattn.train.build import build_model, model_errors, parameter_count
 from jattn.train.config import (
     DataConfig,
     MegabyteConfig,
@@ -25,10 +25,11 @@ from jattn.train.config import (
     TrainConfig,
     UserError,
 )
-from jattn.train.data import Document, Tokenizer, load_tokenizer
-from jattn.train.generate import PIECE
-from jattn.train.loop import TrainResult, train
+from jattn.train.data import Tokenizer, load_tokenizer
+from jattn.train.generate import PIECE, encode_prompt, stream_text
+from jattn.train.loop import StopSignal, TrainResult, train
 from jattn.train.report import SchemeResult, write_atomically, write_report
+from jattn.train.step import init_params
 
 # Numbers of parameters may differ by this part of the first scheme's.
 PARAMETER_TOLERANCE = 0.05
@@ -39,6 +40,9 @@ SAMPLING = Sampling(temperature=0.7, top_p=0.95)
 # Pieces at the end of a sample whose median is the speed of decoding.
 LAST_PIECES = 4
 
+# Pieces of the shortest sample: the first one compiles, the others are timed.
+MIN_PIECES = 2
+
 
 def _small_run() -> TrainConfig:
     """A run of half a minute on two CPU cores."""
@@ -48,15 +52,15 @@ def _small_run() -> TrainConfig:
             features=96,
             num_heads=4,
             num_kv_heads=2,
-            simplicial=SimplicialConfig(windows=(32, 8)),
+            simplicial=SimplicialConfig(windows=(32, 4)),
             megabyte=MegabyteConfig(patch_size=4, global_layers=2),
         ),
         data=DataConfig(max_bytes=8_000_000),
-        optimizer=OptimizerConfig(name="muon", learning_rate=0.01, warmup_steps=10),
-        steps=120,
-        eval_every=30,
+        optimizer=OptimizerConfig(name="muon", learning_rate=0.006, warmup_steps=10),
+        steps=100,
+        eval_every=25,
         eval_batches=8,
-        checkpoint_every=60,
+        checkpoint_every=50,
     )
 
 
@@ -127,30 +131,29 @@ def compare(config: CompareConfig, *, progress: bool = False) -> Comparison:
     Raises:
       UserError: As `train`; or a scheme cannot be given as many parameters.
     """
-    runs = scheme_runs(config)
     tokenizer = load_tokenizer(config.run.data.tokenizer)
+    _check_prompt(config, tokenizer)
+    runs = scheme_runs(config)
     results, references = [], {}
     for scheme, run in runs.items():
-        kept = Path(config.out, scheme, "result.json")
-        saved = _read_result(kept, run)
-        if saved is None:
+        path = Path(config.out, scheme, "result.json")
+        finished, interrupted = _read_result(path, run, config.prompt), False
+        if finished is None:
             trained = train(run, progress=progress)
             if trained.interrupted:
                 return Comparison(results, references, None)
-            saved = {
-                "config": run.to_json(),
-                "references": trained.entropies._asdict(),
-                "result": dataclasses.asdict(
-                    _measure(scheme, trained, tokenizer, config)
-                ),
-            }
-            write_atomically(kept, json.dumps(saved, indent=1).encode())
+            with StopSignal() as stop:
+                finished = _measure(scheme, trained, tokenizer, config)
+                _write_result(path, run, config.prompt, finished)
+            interrupted = stop.requested
             # Nothing compiled for one scheme serves the next.
             del trained
             jax.clear_caches()
             gc.collect()
-        results.append(SchemeResult(**saved["result"]))
-        references = saved["references"]
+        results.append(finished.result)
+        references = finished.references
+        if interrupted:
+            return Comparison(results, references, None)
     report = write_report(Path(config.out), results, references, _setup(config))
     return Comparison(results, references, report)
 
@@ -181,14 +184,8 @@ def scheme_runs(config: CompareConfig) -> dict[str, TrainConfig]:
 
 def _parameters(run: TrainConfig, vocab_size: int) -> int:
     model = build_model(run, vocab_size)
-    tokens = jax.ShapeDtypeStruct((1, run.data.context_length), jnp.int32)
-    try:
-        variables = jax.eval_shape(
-            lambda tokens: model.init(jax.random.key(0), tokens, method="score"), tokens
-        )
-    except ValueError as error:
-        raise UserError(f"the model cannot be built: {error}") from error
-    return parameter_count(variables["params"])
+    with model_errors():
+        return parameter_count(jax.eval_shape(lambda: init_params(model, run)))
 
 
 def _match_parameters(run: TrainConfig, vocab_size: int, target: int) -> TrainConfig:
@@ -203,30 +200,68 @@ def _match_parameters(run: TrainConfig, vocab_size: int, target: int) -> TrainCo
     step = 8
     least = _parameters(with_hidden(step), vocab_size)
     slope = _parameters(with_hidden(2 * step), vocab_size) - least
-    hidden = step * max(1, 1 + round((target - least) / slope))
-    matched = with_hidden(hidden)
-    found = _parameters(matched, vocab_size)
+    more = max(0, round((target - least) / slope))
+    found = least + more * slope
     if abs(found - target) > PARAMETER_TOLERANCE * target:
         raise UserError(
             f"{run.model.scheme} has {found:,} parameters at the closest, more than "
             f"{PARAMETER_TOLERANCE:.0%} off the {target:,} of the first scheme; choose "
             "other sizes"
         )
-    return matched
+    return with_hidden(step + more * step)
 
 
-def _read_result(path: Path, run: TrainConfig) -> dict[str, Any] | None:
-    """A finished result of the very same run, if there is one."""
-    if not path.exists():
+def _check_prompt(config: CompareConfig, tokenizer: Tokenizer) -> None:
+    """Before anything is trained, that samples will have room."""
+    length, context = len(encode_prompt(tokenizer, config.prompt)), config.run.data
+    if length + MIN_PIECES * PIECE > context.context_length:
+        raise UserError(
+            f"a context of {context.context_length} tokens must hold the prompt and "
+            f"{MIN_PIECES * PIECE} tokens more; the prompt has {length}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Finished:
+    """What is kept of a scheme: its result, and the entropies of its text."""
+
+    result: SchemeResult
+    references: dict[str, float]
+
+
+def _write_result(path: Path, run: TrainConfig, prompt: str, found: _Finished) -> None:
+    saved = {"config": run.to_json(), "prompt": prompt, **dataclasses.asdict(found)}
+    write_atomically(path, json.dumps(saved, indent=1).encode())
+
+
+def _read_result(path: Path, run: TrainConfig, prompt: str) -> _Finished | None:
+    """What was written for the very same run and prompt, if anything was.
+
+    A file that is damaged or of another version is as good as none: the checkpoints
+    beside it still save the training.
+    """
+    try:
+        saved = json.loads(path.read_bytes())
+        same = saved["config"] == _as_read(run.to_json()) and saved["prompt"] == prompt
+        if not same:
+            return None
+        result = SchemeResult(**saved["result"])
+        curve = tuple((step, value) for step, value in result.curve)
+        return _Finished(dataclasses.replace(result, curve=curve), saved["references"])
+    except (FileNotFoundError, NotADirectoryError, ValueError, TypeError, KeyError):
         return None
-    saved = json.loads(path.read_text())
-    same = TrainConfig.from_json(saved["config"]) == run
-    return saved if same else None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _as_read(values: Any) -> Any:
+    """Values as they come back from JSON, which has no tuples."""
+    return json.loads(json.dumps(values))
 
 
 def _measure(
     scheme: str, trained: TrainResult, tokenizer: Tokenizer, config: CompareConfig
-) -> SchemeResult:
+) -> _Finished:
     assert trained.validation is not None
     context = trained.config.data.context_length
     cache = jax.eval_shape(
@@ -240,7 +275,7 @@ def _measure(
         for row in trained.rows
         if "validation_bits_per_byte" in row
     ]
-    return SchemeResult(
+    result = SchemeResult(
         scheme=scheme,
         parameters=trained.parameter_count,
         validation_bits_per_byte=trained.validation.bits_per_byte,
@@ -252,6 +287,10 @@ def _measure(
         curve=tuple((int(step), value) for step, value in curve),
         sample=sample,
     )
+    references = {
+        f"{name} entropy": value for name, value in trained.entropies._asdict().items()
+    }
+    return _Finished(result, references)
 
 
 def continue_prompt(
@@ -268,34 +307,26 @@ def continue_prompt(
       params: Its parameters.
       tokenizer: What its tokens mean.
       prompt: Text to continue.
-      context: Tokens of prompt and continuation together, about.
+      context: Tokens of prompt and continuation together, at most.
 
     Returns:
       The prompt with its continuation, and the tokens a second of one sequence at the
       end of the context.
     """
-    tokens, _ = tokenizer.encode(Document("the prompt", prompt.encode()))
-    count = max(2, (context - len(tokens)) // PIECE)
-    variables = {"params": params}
-    state = prefill(
-        model,
-        variables,
-        jnp.asarray(tokens)[None],
+    room = context - len(encode_prompt(tokenizer, prompt))
+    count = max(MIN_PIECES, room // PIECE)
+    stream = stream_text(
+        *(model, params, tokenizer, prompt),
         max_new_tokens=count * PIECE,
-        rng=jax.random.key(0),
+        sampling=SAMPLING,
     )
-    text, seconds = [], []
-    for _ in range(count):
-        start = time.perf_counter()
-        new, state = decode(
-            model, variables, state, num_tokens=PIECE, sampling=SAMPLING
-        )
-        text.extend(np.asarray(new)[0].tolist())
-        seconds.append(time.perf_counter() - start)
-    # The first piece compiles.
-    last = seconds[max(1, count - LAST_PIECES) :]
-    written = tokenizer.decode(text).decode(errors="replace")
-    return prompt + written, PIECE / float(np.median(last))
+    pieces, times = [], [time.perf_counter()]
+    for piece in stream:
+        pieces.append(piece)
+        times.append(time.perf_counter())
+    # The first piece compiles, and after the last one only leftovers of text come.
+    seconds = np.diff(times[1 : count + 1])[-LAST_PIECES:]
+    return prompt + "".join(pieces), PIECE / float(np.median(seconds))
 
 
 def _setup(config: CompareConfig) -> dict[str, str]:

@@ -10,7 +10,7 @@ import jattn
 SCHEMES = (*jattn.nn.MIXERS, "megabyte", "m2bert")
 
 
-class UserError(ValueError):
+class UserError(Exception):
     """Something only the user can put right, said in one sentence.
 
     The command line prints it without a traceback and exits with code 2.
@@ -63,6 +63,11 @@ class NSAConfig:
     num_blocks: int = 6
     window_size: int = 64
 
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        names = "kernel_size stride block_size num_blocks window_size"
+        _positive(self, "model.nsa.", names)
+
 
 @dataclasses.dataclass(frozen=True)
 class MoBAConfig:
@@ -75,6 +80,10 @@ class MoBAConfig:
 
     block_size: int = 32
     top_k: int = 3
+
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        _positive(self, "model.moba.", "block_size top_k")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,6 +98,14 @@ class SimplicialConfig:
     windows: tuple[int, int] = (64, 16)
     form: Literal["trilinear", "determinant"] = "trilinear"
 
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        if min(self.windows) < 1:
+            raise UserError(
+                "model.simplicial.windows must both be greater than 0; got "
+                f"{self.windows[0]} and {self.windows[1]}"
+            )
+
 
 @dataclasses.dataclass(frozen=True)
 class MonarchConfig:
@@ -101,6 +118,10 @@ class MonarchConfig:
 
     filter_order: int = 64
     num_blocks: int = 4
+
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        _positive(self, "model.monarch.", "filter_order num_blocks")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,6 +146,11 @@ class MegabyteConfig:
     global_mixers: str = "dense"
     local_mixers: str = "dense"
 
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        names = "patch_size global_layers local_layers local_features"
+        _positive(self, "model.megabyte.", names)
+
 
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
@@ -139,6 +165,11 @@ class ExpertsConfig:
     num_experts: int = 0
     top_k: int = 2
     num_shared: int = 0
+
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        _positive(self, "model.experts.", "top_k")
+        _not_negative(self, "model.experts.", "num_experts num_shared")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +372,8 @@ class TrainConfig:
         )
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
         _not_negative(self, "", "seed memory_loss_weight load_balance_weight")
+        if self.seed >= 2**63:
+            raise UserError(f"seed must be less than 2**63; got {self.seed}")
         if self.data.batch_size % self.accumulation:
             raise UserError(
                 "data.batch_size must be a multiple of accumulation; got "

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jattn.models import Sampling, decode, prefill
 from jattn.train.config import UserError
@@ -14,6 +15,10 @@ from jattn.train.data import Document, Tokenizer
 # Tokens between two pieces of text: few enough to look like a stream, enough to keep
 # the host out of the loop.
 PIECE = 16
+
+# What a tokenizer shows for part of a character. At the end of a piece its bytes are
+# held back: the next token may complete the character.
+_REPLACEMENT = "\N{REPLACEMENT CHARACTER}".encode()
 
 
 def stream_text(
@@ -48,27 +53,47 @@ def stream_text(
             "a masked language model fills in text and cannot continue it; generate "
             "with a run of another scheme"
         )
-    tokens, _ = tokenizer.encode(Document("the prompt", prompt.encode()))
-    rng = jax.random.key(seed) if sampling.temperature > 0 else None
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed must be from 0 to 2**63 - 1; got {seed}")
+    tokens = encode_prompt(tokenizer, prompt).tolist()
+    # What tokens say may depend on those before them, as spaces between words do.
+    shown = len(tokenizer.decode(tokens))
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    # Whole pieces only, so that one compiled function serves all of them.
-    pieces = -(-max_new_tokens // PIECE)
     try:
         state = prefill(
             model,
             {"params": params},
-            jnp.asarray(tokens)[None],
-            max_new_tokens=max(pieces, 1) * PIECE if max_new_tokens > 0 else 0,
-            rng=rng,
+            jnp.asarray([tokens], jnp.int32),
+            max_new_tokens=max_new_tokens,
+            rng=jax.random.key(seed) if sampling.temperature > 0 else None,
         )
-        for piece in range(pieces):
+        for first in range(0, max_new_tokens, PIECE):
             new, state = decode(
-                model, {"params": params}, state, num_tokens=PIECE, sampling=sampling
+                model,
+                {"params": params},
+                state,
+                num_tokens=min(PIECE, max_new_tokens - first),
+                sampling=sampling,
             )
-            wanted = min(PIECE, max_new_tokens - piece * PIECE)
-            yield decoder.decode(tokenizer.decode(new[0, :wanted].tolist()))
-    except UserError:
-        raise
+            tokens.extend(np.asarray(new)[0].tolist())
+            written = tokenizer.decode(tokens)[shown:].rstrip(_REPLACEMENT)
+            shown += len(written)
+            yield decoder.decode(written)
     except ValueError as error:
         raise UserError(f"text cannot be generated: {error}") from error
-    yield decoder.decode(b"", final=True)
+    yield decoder.decode(tokenizer.decode(tokens)[shown:], final=True)
+
+
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
+    """The tokens of a prompt, int32 [n].
+
+    Raises:
+      UserError: The prompt is not Unicode text, as a terminal's bytes may not be.
+    """
+    try:
+        text = prompt.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"the prompt is not UTF-8 text ({error.reason} at character {error.start})"
+        ) from error
+    return tokenizer.encode(Document("the prompt", text))[0]

@@ -17,7 +17,7 @@ import grain
 import jax
 import numpy as np
 
-from jattn.train.build import build_model, parameter_count
+from jattn.train.build import build_model, model_errors, parameter_count
 from jattn.train.checkpoint import Checkpoints
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.corpus import Entropies
@@ -89,7 +89,7 @@ def train(
         it, the disk is full, or ten steps in a row were not finite.
     """
     with contextlib.ExitStack() as stack:
-        stop = stack.enter_context(_StopSignal())
+        stop = stack.enter_context(StopSignal())
         data = Dataset(config.data, seed=config.seed, align=config.align)
         model = build_model(config, data.vocab_size)
         optimizer = make_optimizer(config.optimizer, config.steps)
@@ -99,11 +99,12 @@ def train(
         batches = data.train_iterator()
         held_out = data.validation_batches(config.eval_batches)
 
+        # Before there is a folder, because this finds sizes that do not fit.
+        with model_errors():
+            initial = jax.jit(lambda: init_state(model, optimizer, config)).trace()
+
         checkpoints = _open_checkpoints(config, stack)
-        state, step = _restore_or_init(
-            lambda: init_state(model, optimizer, config),
-            *(config, checkpoints, data, batches),
-        )
+        state, step = _restore_or_init(initial, config, checkpoints, data, batches)
         rows, report = _open_logs(config, step, progress, callback, stack)
 
         def save(validation: Evaluation | None) -> None:
@@ -224,7 +225,8 @@ def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
         config = checkpoints.restore_config(step)
         tokenizer = load_tokenizer(config.data.tokenizer)
         model = build_model(config, tokenizer.vocab_size)
-        shapes = jax.eval_shape(lambda: init_params(model, config))
+        with model_errors():
+            shapes = jax.eval_shape(lambda: init_params(model, config))
         params = checkpoints.restore_params(step, shapes)
     return TrainedModel(config, model, params, tokenizer, step)
 
@@ -239,7 +241,7 @@ def _open_checkpoints(
 
 
 def _restore_or_init(
-    initial: Callable[[], TrainState],
+    initial: jax.stages.Traced,
     config: TrainConfig,
     checkpoints: Checkpoints | None,
     data: Dataset,
@@ -248,8 +250,8 @@ def _restore_or_init(
     """The state and step of the latest checkpoint, or those before the first step."""
     step = None if checkpoints is None else checkpoints.latest_step()
     if checkpoints is None or step is None:
-        return jax.jit(initial)(), 0
-    state, position = checkpoints.restore(step, jax.eval_shape(initial), config)
+        return initial.lower().compile()(), 0
+    state, position = checkpoints.restore(step, initial.out_info, config)
     if position["fingerprint"] != data.fingerprint:
         raise UserError(
             f"the training text has changed since the checkpoint of step {step} in "
@@ -326,24 +328,29 @@ def _peak_bytes(compiled: Any) -> int:
     )
 
 
-class _StopSignal(contextlib.AbstractContextManager):
+class StopSignal(contextlib.AbstractContextManager):
     """Turns the first SIGTERM or Ctrl-C into a request to stop.
 
     A second one acts as it would without this. Python allows handlers in the main
     thread only; elsewhere nothing is changed.
+
+    Attributes:
+      requested: Whether there was a signal.
     """
 
     def __init__(self):
         self.requested = False
         self._previous: dict[signal.Signals, Any] = {}
 
-    def __enter__(self) -> "_StopSignal":
+    def __enter__(self) -> "StopSignal":
+        """Takes the signals over."""
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGTERM, signal.SIGINT):
                 self._previous[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exc_info) -> None:
+        """Gives them back."""
         for number, handler in self._previous.items():
             signal.signal(number, handler)
         self._previous.clear()

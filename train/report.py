@@ -1,15 +1,17 @@
 """The report of a comparison: one HTML file that needs no network, and its plots."""
 
 import base64
+import contextlib
 import dataclasses
 import html
 import io
 import os
 import pathlib
-import tempfile
 from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
+
+from jattn.train.config import UserError
 
 MEBIBYTE = 2**20
 
@@ -93,7 +95,8 @@ def curves_figure(
     figure = matplotlib.figure.Figure(figsize=(9, 5), layout="constrained")
     axes = figure.add_subplot()
     for result in results:
-        steps, values = zip(*result.curve, strict=True)
+        steps = [step for step, _ in result.curve]
+        values = [value for _, value in result.curve]
         axes.plot(steps, values, marker=".", label=result.scheme)
     for name, value in references.items():
         axes.axhline(value, color="gray", linestyle="--", linewidth=1)
@@ -151,6 +154,9 @@ def write_report(
 
     Returns:
       The path of report.html.
+
+    Raises:
+      UserError: A file cannot be written; the one before is as it was.
     """
     figures = {
         "Validation loss": ("curves.png", curves_figure(results, references)),
@@ -169,17 +175,23 @@ def write_report(
 
 
 def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that readers see the old content or the new, never a part."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    """Writes a file so that readers see the old content or the new, never a part.
+
+    Raises:
+      UserError: The disk is full, or the folder cannot be written to.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
     try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+        temporary.replace(path)
+    except OSError as error:
+        # There may be no such folder, and a full disk does not keep from removing.
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 STYLE = """

@@ -11,7 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattn.nn import MixtureOfBlockAttention, NativeSparseAttention
 from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.moba import mixture_of_block_attention, moba_select_blocks
+from jattn.ops.nsa import native_sparse_attention, nsa_select_blocks
 from jattn.pallas.block_sparse import pairs
 from tests.support import documents, normal, relative_rms
 
@@ -77,6 +80,18 @@ def value_and_gradients(arrays, indices, cotangents, *, implementation, **option
     return out, lse, *pullback(cotangents)
 
 
+def assert_passes_gate(actual, plain, reference):
+    """Asserts small errors in lists of results, of which plain is the jnp form's."""
+    for i, expected in enumerate(reference):
+        error = relative_rms(actual[i], expected)
+        allowed = 2 * relative_rms(plain[i], expected)
+        # A gradient that is zero but for rounding has no relative error.
+        floor = 2e-6 if np.any(expected) else 0.0
+        print(f"result {i}: {error:.1e}, allowed {allowed:.1e}")
+        assert error <= max(allowed, floor), i
+        assert error <= 5e-3, i
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_numerical_gate(monkeypatch, name):
     case = dict(CASES[name])
@@ -85,25 +100,152 @@ def test_numerical_gate(monkeypatch, name):
     arrays, indices, options, cotangents = inputs(case)
 
     def run(arrays, implementation):
-        results = value_and_gradients(
+        return value_and_gradients(
             arrays, indices, cotangents, implementation=implementation, **options
         )
-        return dict(zip(("out", "lse", "dq", "dk", "dv"), results, strict=True))
 
     with jax.default_matmul_precision("highest"):
         reference = run([x.astype(jnp.float32) for x in arrays], "xla")
-    plain = run(arrays, "xla")
     actual = run(arrays, "triton")
-    again = run(arrays, "triton")
-    for result, expected in reference.items():
-        error = relative_rms(actual[result], expected)
-        allowed = 2 * relative_rms(plain[result], expected)
-        # A gradient that is zero but for rounding has no relative error.
-        floor = 2e-6 if np.any(expected) else 0.0
-        print(f"{name} {result}: {error:.1e}, allowed {allowed:.1e}")
-        assert error <= max(allowed, floor), result
-        assert error <= 5e-3, result
-        np.testing.assert_array_equal(actual[result], again[result], result)
+    assert_passes_gate(actual, run(arrays, "xla"), reference)
+    for x, y in zip(actual, run(arrays, "triton"), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def calls_kernel(function, *arguments):
+    """Whether a Triton kernel is in the program of function(*arguments)."""
+    return "triton_kernel_call" in str(jax.make_jaxpr(function)(*arguments))
+
+
+def test_automatic_choice_is_the_kernel():
+    arrays, indices, options, cotangents = inputs({"t": 257})
+
+    def run(implementation):
+        return functools.partial(
+            value_and_gradients, implementation=implementation, **options
+        )
+
+    assert calls_kernel(run(None), arrays, indices, cotangents)
+    assert not calls_kernel(run("xla"), arrays, indices, cotangents)
+    chosen = run(None)(arrays, indices, cotangents)
+    for x, y in zip(chosen, run("triton")(arrays, indices, cotangents), strict=True):
+        np.testing.assert_array_equal(x, y)
+    # What the kernel does not support goes to the jnp form without a word.
+    options["block_size"] = 24
+    assert not calls_kernel(run(None), arrays, indices, cotangents)
+
+
+def moba_op(query, key, value, *, blocks, implementation):
+    return mixture_of_block_attention(
+        query,
+        key,
+        value,
+        block_size=128,
+        top_k=3,
+        block_indices=blocks,
+        implementation=implementation,
+    )
+
+
+def moba_blocks(query, key, _):
+    return moba_select_blocks(query, key, block_size=128, top_k=3)
+
+
+def nsa_op(query, *arrays, blocks, implementation):
+    return native_sparse_attention(
+        query,
+        arrays[:2],
+        arrays[2:4],
+        arrays[4:6],
+        jax.nn.sigmoid(arrays[6]),
+        num_blocks=6,
+        window_size=128,
+        block_indices=blocks,
+        implementation=implementation,
+    )
+
+
+def nsa_blocks(query, key_cmp, *_):
+    return nsa_select_blocks(query, key_cmp, num_blocks=6)
+
+
+OPERATIONS = {
+    "moba": (moba_op, moba_blocks, [(2, 1000, 8, 128)] * 3),
+    "nsa": (
+        nsa_op,
+        nsa_blocks,
+        [
+            (2, 1000, 32, 128),
+            *[(2, 61, 2, 128)] * 2,
+            *[(2, 1000, 2, 128)] * 4,
+            (2, 1000, 32, 3),
+        ],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_automatic_choice_in_operations(name):
+    operation, select, shapes = OPERATIONS[name]
+    arrays = normal(0, *shapes, dtype=jnp.bfloat16)
+    (cotangent,) = normal(1, shapes[0])
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def run(arrays, blocks, implementation=None):
+        function = functools.partial(
+            operation, blocks=blocks, implementation=implementation
+        )
+        out, pullback = jax.vjp(function, *arrays)
+        return out, *pullback(cotangent.astype(out.dtype))
+
+    assert calls_kernel(run, arrays, None)
+    # In fp32 or another program, blocks of nearly equal scores might swap.
+    blocks = jax.jit(select)(*arrays)
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) for x in arrays]
+        reference = run(wide, blocks, implementation="xla")
+    plain = run(arrays, blocks, implementation="xla")
+    assert_passes_gate(run(arrays, blocks), plain, reference)
+    assert_passes_gate(run(arrays, None), plain, reference)
+
+
+MODULES = {
+    "moba": (MixtureOfBlockAttention, dict(block_size=64, top_k=3)),
+    "nsa": (NativeSparseAttention, dict(num_blocks=4, window_size=64)),
+}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_automatic_choice_in_modules(name):
+    module, fields = MODULES[name]
+    x, cotangent = normal(0, (2, 500, 96), (2, 500, 96))
+    segment_ids = documents(150, 350, batch=2)
+
+    def run(implementation):
+        mixer = module(
+            num_heads=4,
+            num_kv_heads=2,
+            head_dim=32,
+            implementation=implementation,
+            **fields,
+        )
+
+        @jax.jit
+        def value_and_gradients(x):
+            params = mixer.init(jax.random.key(0), x)
+
+            def attend(params, x):
+                return mixer.apply(params, x, segment_ids=segment_ids)
+
+            out, pullback = jax.vjp(attend, params, x)
+            return out, pullback(cotangent)
+
+        assert calls_kernel(value_and_gradients, x) == (implementation is None)
+        return jax.tree.leaves(value_and_gradients(x))
+
+    with jax.default_matmul_precision("highest"):
+        for actual, expected in zip(run(None), run("xla"), strict=True):
+            assert relative_rms(actual, expected) <= 1e-5
 
 
 def test_unseen_memory_does_not_matter():

@@ -4,7 +4,13 @@ import contextlib
 import dataclasses
 import resource
 
-from jattn.train import DataConfig, ModelConfig, OptimizerConfig, TrainConfig
+from jattn.train import (
+    DataConfig,
+    MoBAConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "eat")
 
@@ -32,7 +38,13 @@ def write_text(folder, size: int = 20_000, seed: int = 0) -> str:
 def config(path: str, **fields) -> TrainConfig:
     """A configuration; fields may be those of any of its parts."""
     values = {
-        "model": dict(num_layers=1, features=16, num_heads=2, hidden=16),
+        "model": dict(
+            num_layers=1,
+            features=16,
+            num_heads=2,
+            hidden=16,
+            moba=MoBAConfig(block_size=8),
+        ),
         "data": dict(
             paths=(path,), context_length=32, batch_size=4, validation_fraction=0.2
         ),

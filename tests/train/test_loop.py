@@ -17,25 +17,11 @@ from jattn.train.checkpoint import Checkpoints
 from jattn.train.metrics import MetricsLog, read_rows
 from tests.train import runs
 
+# Most tests here run the same programs.
+pytestmark = pytest.mark.usefixtures("compiled_programs")
+
 # Lines of metrics, evaluations and checkpoints all fall on different steps.
 STEPS = dict(steps=10, log_every=4, eval_every=3, checkpoint_every=5)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled_programs(tmp_path_factory):
-    """Compiles each program once: most tests here run the same ones."""
-    names = (
-        "jax_compilation_cache_dir",
-        "jax_persistent_cache_min_compile_time_secs",
-        "jax_persistent_cache_min_entry_size_bytes",
-    )
-    before = [getattr(jax.config, name) for name in names]
-    folder = str(tmp_path_factory.mktemp("compiled"))
-    for name, value in zip(names, (folder, 0, -1), strict=True):
-        jax.config.update(name, value)
-    yield folder
-    for name, value in zip(names, before, strict=True):
-        jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +107,7 @@ def test_a_run_that_was_told_to_stop_continues_bit_for_bit(
     assert [row["step"] for row in seen] == [4, 6, 8, 9, 10, 10]
 
 
-def test_a_killed_run_continues_bit_for_bit(whole, path, tmp_path, compiled_programs):
+def test_a_killed_run_continues_bit_for_bit(whole, path, tmp_path, environment):
     out = str(tmp_path / "run")
     program = f"""
 import os, signal
@@ -135,11 +121,6 @@ def die(row):
 
 train(runs.config({path!r}, out={out!r}, **{STEPS!r}), callback=die)
 """
-    environment = {
-        "JAX_COMPILATION_CACHE_DIR": compiled_programs,
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-    }
     killed = subprocess.run(
         [sys.executable, "-c", program], env=os.environ | environment, check=False
     )

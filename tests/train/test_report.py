@@ -4,7 +4,7 @@ import html.parser
 
 import pytest
 
-from jattn.train import report
+from jattn.train import UserError, report
 
 RESULTS = [
     report.SchemeResult(
@@ -82,7 +82,9 @@ def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        UserError, match=r"result.json cannot be written: No space left"
+    ):
         report.write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
