@@ -16,7 +16,7 @@ from jattn.train.compare import CompareConfig, Comparison, compare
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.data import Dataset
 from jattn.train.evaluate import make_evaluator
-from jattn.train.generate import stream_text
+from jattn.train.generate import encode_prompt, stream_text
 from jattn.train.loop import load_run, train
 from jattn.train.report import COLUMNS, table_rows
 
@@ -30,7 +30,8 @@ class GenerateConfig:
     Attributes:
       run: Folder of a run that `jattn train` or `jattn compare` wrote.
       prompt: Text to continue.
-      max_new_tokens: Tokens to generate.
+      max_new_tokens: Tokens to generate; what is left of the context the model was
+        trained on if None.
       temperature: Divides the logits; 0 takes the most likely token.
       top_k: Draw from the k most likely tokens only.
       top_p: Draw from the fewest most likely tokens that sum to this probability.
@@ -40,7 +41,7 @@ class GenerateConfig:
 
     run: _Run
     prompt: str = ""
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
     temperature: float = 0.8
     top_k: int | None = None
     top_p: float | None = None
@@ -187,12 +188,16 @@ def _generate(config: GenerateConfig) -> None:
     except ValueError as error:
         raise UserError(str(error)) from error
     run = load_run(config.run, config.step)
+    max_new_tokens = config.max_new_tokens
+    if max_new_tokens is None:
+        length = len(encode_prompt(run.tokenizer, config.prompt))
+        max_new_tokens = max(1, run.config.data.context_length - length)
     text = stream_text(
         run.model,
         run.params,
         run.tokenizer,
         config.prompt,
-        max_new_tokens=config.max_new_tokens,
+        max_new_tokens=max_new_tokens,
         sampling=sampling,
         seed=config.seed,
     )

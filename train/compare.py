@@ -213,10 +213,11 @@ def _match_parameters(run: TrainConfig, vocab_size: int, target: int) -> TrainCo
 
 def _check_prompt(config: CompareConfig, tokenizer: Tokenizer) -> None:
     """Before anything is trained, that samples will have room."""
-    length, context = len(encode_prompt(tokenizer, config.prompt)), config.run.data
-    if length + MIN_PIECES * PIECE > context.context_length:
+    length = len(encode_prompt(tokenizer, config.prompt))
+    context = config.run.data.context_length
+    if length + MIN_PIECES * PIECE > context:
         raise UserError(
-            f"a context of {context.context_length} tokens must hold the prompt and "
+            f"a context of {context} tokens must hold the prompt and "
             f"{MIN_PIECES * PIECE} tokens more; the prompt has {length}"
         )
 

@@ -105,6 +105,12 @@ def test_a_run_from_training_to_text(path, tmp_path, capsys):
     assert cli.main([*generate, "--seed", "1"]) == 0
     assert capsys.readouterr().out != text
 
+    # Unless told otherwise, text fills the context: 28 bytes after the prompt's 36.
+    prompt = "the quick brown fox jumps over a dog"
+    assert cli.main(["generate", out, "--prompt", prompt]) == 0
+    written = capsys.readouterr().out.removeprefix(prompt).removesuffix("\n")
+    assert 28 // 4 <= len(written) <= 28
+
 
 @pytest.mark.parametrize(
     ("options", "message"),
