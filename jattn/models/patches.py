@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jattn.nn import cache as caches
+from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
 from jattn.ops.dense import attend_positions
@@ -196,31 +197,16 @@ class CrossPatchAttention(nn.Module):
         _common.group_size(self.num_heads, kv_heads)
         _common.choose_implementation("CrossPatchAttention", self.implementation)
 
-        def project(heads, name):
-            return nn.DenseGeneral(
-                (heads, self.head_dim),
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )(x)
-
-        query = project(self.num_heads, "query")  # [B, T, N, H]
-        key = project(kv_heads, "key")  # [B, T, K, H]
-        value = project(kv_heads, "value")  # [B, T, K, H]
+        # query [B, T, N, H], key and value [B, T, K, H]
+        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
+        key = to_heads(self, "key", x, kv_heads, self.head_dim)
+        value = to_heads(self, "value", x, kv_heads, self.head_dim)
         if cache is None:
             out = self._parallel(query, key, value, segment_ids)
         else:
             lengths = caches.all_real(lengths, b, t)
             out, cache = self._cached(query, key, value, cache, lengths)
-        out = nn.DenseGeneral(
-            features,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="out",
-        )(out)
+        out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
     def _parallel(self, query, key, value, segment_ids):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jattn.nn import cache as caches
+from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
 from jattn.ops.block_sparse import attend_block_positions
@@ -130,18 +131,10 @@ class MixtureOfBlockAttention(nn.Module):
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
 
-        def project(heads, name):
-            return nn.DenseGeneral(
-                (heads, self.head_dim),
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )(x)
-
-        query = project(self.num_heads, "query")  # [B, T, N, H]
-        key = project(kv_heads, "key")  # [B, T, K, H]
-        value = project(kv_heads, "value")  # [B, T, K, H]
+        # query [B, T, N, H], key and value [B, T, K, H]
+        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
+        key = to_heads(self, "key", x, kv_heads, self.head_dim)
+        value = to_heads(self, "value", x, kv_heads, self.head_dim)
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         else:
@@ -186,14 +179,7 @@ class MixtureOfBlockAttention(nn.Module):
                 segment_ids=segment_ids,
                 implementation=self.implementation,
             )
-        out = nn.DenseGeneral(
-            features,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="out",
-        )(out)
+        out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
     def _convolve_cached(self, key, weight, lengths, cache):

@@ -9,6 +9,7 @@ from flax import struct
 from flax.linen.dtypes import promote_dtype
 
 from jattn.nn import cache as caches
+from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common, nsa
 from jattn.ops.block_sparse import attend_block_positions
@@ -183,20 +184,12 @@ class NativeSparseAttention(nn.Module):
         b, t, features = x.shape
         kv_heads = self.num_kv_heads or self.num_heads
 
-        def project(name, *shape):
-            return nn.DenseGeneral(
-                shape,
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )(x)
-
-        query = project("query", self.num_heads, self.head_dim)  # [B, T, N, H]
+        # [B, T, N, H]
+        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
         # Keys and values of the three branches: [B, T, 3, K, H] and [B, T, 3, K, V].
-        key = project("key", 3, kv_heads, self.head_dim)
-        value = project("value", 3, kv_heads, self.value_dim or self.head_dim)
-        gates = nn.sigmoid(project("gate", self.num_heads, 3))
+        key = to_heads(self, "key", x, 3, kv_heads, self.head_dim)
+        value = to_heads(self, "value", x, 3, kv_heads, self.value_dim or self.head_dim)
+        gates = nn.sigmoid(to_heads(self, "gate", x, self.num_heads, 3))
         compress = self._compression()
 
         if cache is None:
@@ -219,14 +212,7 @@ class NativeSparseAttention(nn.Module):
             out, cache = self._attend_cached(
                 query, pairs, gates, compress, positions, lengths, cache
             )
-        out = nn.DenseGeneral(
-            features,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="out",
-        )(out)
+        out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
     def _attend(self, query, pairs, gates, compress, positions, segment_ids):

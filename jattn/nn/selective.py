@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jattn.nn import cache as caches
+from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
 from jattn.ops.selective import attend_positions, selective_attention
@@ -106,18 +107,10 @@ class SelectiveAttention(nn.Module):
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
 
-        def project(heads, name):
-            return nn.DenseGeneral(
-                (heads, self.head_dim),
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )(x)
-
-        query = project(self.num_heads, "query")  # [B, T, N, H]
-        key = project(kv_heads, "key")  # [B, T, K, H]
-        value = project(kv_heads, "value")  # [B, T, K, H]
+        # query [B, T, N, H], key and value [B, T, K, H]
+        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
+        key = to_heads(self, "key", x, kv_heads, self.head_dim)
+        value = to_heads(self, "value", x, kv_heads, self.head_dim)
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         else:
@@ -133,14 +126,7 @@ class SelectiveAttention(nn.Module):
             out, cache = _attend_cached(query, key, value, positions, cache)
         else:
             out, cache = _attend_pruned(query, key, value, positions, cache)
-        out = nn.DenseGeneral(
-            features,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="out",
-        )(out)
+        out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
     def _attend(self, query, key, value, segment_ids):

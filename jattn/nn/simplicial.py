@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from jattn.nn import cache as caches
+from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common, simplicial
 
@@ -117,18 +118,10 @@ class TwoSimplicialAttention(nn.Module):
         b, t, features = x.shape
         kv_heads = self.num_kv_heads or self.num_heads
 
-        def project(heads, name):
-            return nn.DenseGeneral(
-                (heads, self.head_dim),
-                use_bias=False,
-                dtype=self.dtype,
-                param_dtype=self.param_dtype,
-                name=name,
-            )(x)
-
-        query = project(self.num_heads, "query")  # [B, T, N, H]
+        # [B, T, N, H]
+        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
         new = {
-            name: project(kv_heads, name)  # [B, T, K, H]
+            name: to_heads(self, name, x, kv_heads, self.head_dim)  # [B, T, K, H]
             for name in ("key", "value", "key2", "value2")
         }
         if cache is None:
@@ -159,14 +152,7 @@ class TwoSimplicialAttention(nn.Module):
             out, cache = self._attend_cached(
                 query, new, positions, lengths, cache, options
             )
-        out = nn.DenseGeneral(
-            features,
-            axis=(-2, -1),
-            use_bias=False,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            name="out",
-        )(out)
+        out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
     def _attend_cached(self, query, new, positions, lengths, cache, options):
