@@ -312,9 +312,9 @@ def _validation_row(step: int, validation: Evaluation) -> Row:
 def _diverged(step: int, skipped: int, config: TrainConfig) -> str:
     kept = f"; the checkpoint of step {step} is in {config.out}" if config.out else ""
     return (
-        f"the last {skipped} steps up to step {step} all had a loss or a gradient that "
-        f"is not finite; try a smaller optimizer.learning_rate than "
-        f"{config.optimizer.learning_rate:g}{kept}"
+        f"of the last {skipped} steps up to step {step} none could be taken, because "
+        "the loss or the gradient is not finite; try a smaller "
+        f"optimizer.learning_rate than {config.optimizer.learning_rate:g}{kept}"
     )
 
 

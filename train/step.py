@@ -51,7 +51,8 @@ class TrainState(struct.PyTreeNode):
       opt_state: Of the optimizer.
       step: int32, steps so far, skipped ones included.
       rng: Key of the whole run; every step derives its own.
-      skipped: int32, steps so far whose loss or gradient was not finite.
+      skipped: int32, steps so far that were not taken, because their loss or gradient
+        was not finite or MAX_SKIPPED_IN_A_ROW steps before them were not.
       skipped_in_a_row: int32, of those the last ones without a good one between.
       window: Totals for the next line of metrics.
     """
@@ -173,6 +174,9 @@ def make_train_step(
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        # So many in a row end the run. The loop sees it only at its next line of
+        # metrics, and until then no step may be taken that hides it.
+        finite &= state.skipped_in_a_row < MAX_SKIPPED_IN_A_ROW
 
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)

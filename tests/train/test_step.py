@@ -149,6 +149,15 @@ def test_a_step_that_is_not_finite_is_skipped(request, name):
     )
 
 
+def test_after_ten_in_a_row_no_step_is_taken(dense):
+    failed = dense.state.replace(skipped_in_a_row=jnp.int32(10))
+    state = dense.step(jax.tree.map(jnp.copy, failed), random_batch(0))
+    chex.assert_trees_all_equal(state.params, failed.params)
+    assert state.skipped_in_a_row == 11
+    nine = failed.replace(skipped_in_a_row=jnp.int32(9))
+    assert dense.step(nine, random_batch(0)).skipped_in_a_row == 0
+
+
 def test_gradients_are_clipped():
     batch = random_batch(0)
     setup = Setup(clip_norm=1e-3, learning_rate=1.0, warmup_steps=0)
