@@ -5,7 +5,11 @@ PYTHON ?= python3.12
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-gpu lint clean
+# The newest JAX that the kernels are kept working on, beside the one in constraints.txt.
+NEXT_JAX := 0.12.0.1
+NEXT := .venv-012
+
+.PHONY: demo test test-jax012 test-gpu lint clean
 
 demo: $(VENV)/.base
 	$(BIN)/jattn compare --out runs/demo
@@ -13,10 +17,15 @@ demo: $(VENV)/.base
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest -n 2
 
+test-jax012: $(NEXT)/.dev
+	$(NEXT)/bin/python -m pytest -n 2 tests/kernels tests/ops
+
 test-gpu: $(VENV)/.dev
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[gpu]'
-	JAX_PLATFORMS=cuda XLA_FLAGS= XLA_PYTHON_CLIENT_PREALLOCATE=false \
-		$(BIN)/python -m pytest tests/gpu
+	@# Every reference form runs once: tuning its matrix products would take longer.
+	JAX_PLATFORMS=cuda XLA_PYTHON_CLIENT_PREALLOCATE=false \
+		XLA_FLAGS="--xla_gpu_autotune_level=0 --xla_gpu_enable_triton_gemm=false" \
+		$(BIN)/python -m pytest -n 8 tests/gpu
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -24,7 +33,7 @@ lint: $(VENV)/.dev
 	$(BIN)/pyright
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(NEXT) build dist *.egg-info
 
 $(VENV)/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -37,4 +46,14 @@ $(VENV)/.dev: $(VENV)/.base
 	@# not the gigabytes of CUDA libraries that it names as dependencies.
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps \
 		jax-cuda13-plugin
+	touch $@
+
+$(NEXT)/.dev: pyproject.toml constraints.txt Makefile
+	test -x $(NEXT)/bin/python || $(PYTHON) -m venv $(NEXT)
+	sed -E 's/^(jax|jaxlib|jax-cuda13-plugin)==.*/\1==$(NEXT_JAX)/' constraints.txt \
+		> $(NEXT)/constraints.txt
+	$(NEXT)/bin/python -m pip install --quiet --constraint $(NEXT)/constraints.txt \
+		--editable '.[dev]'
+	$(NEXT)/bin/python -m pip install --quiet --constraint $(NEXT)/constraints.txt \
+		--no-deps jax-cuda13-plugin
 	touch $@

@@ -1,94 +1,183 @@
-"""Prints results as tables in Markdown, the short one of the README first.
+"""Prints results as tables in Markdown, the short ones into the README."""
 
-python -m benchmarks.table benchmarks/results/block_sparse_h200.json
-"""
-
+import itertools
 import json
 import pathlib
-import sys
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Annotated, Any
 
-NAMES = {
-    "cudnn": "dense causal (cuDNN)",
-    "kernel": "attention to given blocks",
-    "operation": "whole operation",
-}
-DIRECTIONS = ("forward", "forward and backward")
+import tyro
+
+from benchmarks import ops
+
+DIRECTIONS = ("forward", "backward", "forward and backward")
+ROOT = pathlib.Path(__file__).parents[1]
+START = "<!-- python -m benchmarks readme: start -->\n"
+END = "<!-- python -m benchmarks readme: end -->\n"
+
+Files = Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional]
 
 
-def summary(results: dict[str, Any]) -> str:
-    """A row for each scheme and length, with times forward and then for training.
+def table(files: Files, /) -> None:
+    """Prints everything that was measured.
 
-    In brackets how many times faster than dense attention: below 1 dense wins.
+    Args:
+      files: What `run` wrote.
     """
-    rows = _by_key(results)
-    lines = [
-        "| heads, T | dense | given blocks | whole "
-        "| + backward: dense | given blocks | whole |",
-        "|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for scheme, length in dict.fromkeys((key[0], key[2]) for key in rows):
-        cells = [f"{_heads(results, scheme)}, {length // 1024}k"]
-        for direction in DIRECTIONS:
-            for what in NAMES:
-                cells.append(_time(rows, (scheme, what, length, direction)))
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    for file in files:
+        results = json.loads(file.read_text())
+        print(f"{file.name}, {_environment(results)}", end="\n\n")
+        for name, lines in details(results).items():
+            print(f"{name}\n\n{lines}\n")
 
 
-def details(results: dict[str, Any]) -> str:
-    """A row for each scheme, competitor and length.
+def readme() -> None:
+    """Writes the tables of benchmarks/results into the README."""
+    path = ROOT / "README.md"
+    path.write_text(with_tables(path.read_text()))
 
-    Time, useful TFLOP/s with their share of what a large matrix product reaches; first
-    forward, then forward and backward; then temporary memory of the latter.
+
+def with_tables(text: str) -> str:
+    """The README's text with what stands between the two comments made anew."""
+    before, rest = text.split(START)
+    _, after = rest.split(END)
+    modules = ops.modules()
+    sections = []
+    for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        results = json.loads(path.read_text())
+        for op, lines in summaries(results).items():
+            about = modules[op].__doc__.strip()
+            source = f"[{path.name}](benchmarks/results/{path.name})"
+            source += f": {_environment(results)}."
+            sections.append(f"**{op}**: {about}\n\n{lines}\n\n{source}\n")
+    return before + START + "\n" + "\n".join(sections) + "\n" + END + after
+
+
+def details(results: dict[str, Any]) -> dict[str, str]:
+    """A table for each operation, a row for each competitor and shape.
+
+    Milliseconds, how many times faster than dense attention, useful TFLOP/s and their
+    share of what a large matrix product reaches; then temporary memory.
     """
-    rows = _by_key(results)
-    lines = [
-        "| heads | | T | forward ms | TFLOP/s | + backward ms | TFLOP/s "
-        "| temporary GiB |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-    ]
-    for scheme, what, length in dict.fromkeys(key[:3] for key in rows):
-        cells = [_heads(results, scheme), NAMES[what], f"{length // 1024}k"]
-        memory = "-"
-        for direction in DIRECTIONS:
-            row = rows.get((scheme, what, length, direction))
-            cells.append(_time(rows, (scheme, what, length, direction)))
-            if row is None:
-                cells.append("-")
-                continue
-            rate, ceiling = (row[f"{x}_flops_per_second"] for x in ("useful", "matmul"))
-            cells.append(f"{rate / 1e12:.0f} ({rate / ceiling:.0%})")
-            memory = f"{row['temporary_bytes'] / 2**30:.1f}"
-        lines.append(f"| {' | '.join([*cells, memory])} |")
-    return "\n".join(lines)
+    tables = {}
+    for op, shapes in results["shapes"].items():
+        rows = _by_key(results, op)
+        directions = _directions(rows)
+        header = ["shape", "", *_pairs(directions, "ms"), "temporary GiB"]
+        lines = _header(header, left=2)
+        errors = {}
+        for shape in shapes:
+            for case in _cases(x for x in rows if x[0] == shape):
+                cells, memory = [shape, case], []
+                for direction in directions:
+                    row = rows.get((shape, case, direction), {})
+                    cells.append(_time(rows, shape, case, direction))
+                    cells.append(_rate(row))
+                    memory.append(_gibibytes(row))
+                    if "error" in row:
+                        errors[shape, case] = row["error"]
+                lines.append(_line([*cells, ", ".join(memory)]))
+        notes = [f"\n{', '.join(key)}: {x}" for key, x in errors.items()]
+        tables[op] = "\n".join([*lines, *notes])
+    return tables
 
 
-def _by_key(results):
-    """Rows by scheme, competitor, length and direction."""
+def summaries(results: dict[str, Any]) -> dict[str, str]:
+    """A table for each operation, a row for each shape, and where dense attention wins.
+
+    Milliseconds, in brackets how many times faster than dense attention.
+    """
+    tables = {}
+    for op, shapes in results["shapes"].items():
+        rows = _by_key(results, op)
+        cases = _cases(rows)
+        directions = _directions(rows)
+        if "backward" in directions:  # then the last is their sum, or nearly
+            directions = directions[:2]
+        names = [f"{direction}: {cases[0]}" for direction in directions]
+        header = ["ms", *(x for name in names for x in (name, *cases[1:]))]
+        lines = _header(header, left=1)
+        for shape in shapes:
+            cells = [_time(rows, shape, y, x) for x in directions for y in cases]
+            lines.append(_line([shape, *cells]))
+        slower = []
+        for case, direction in itertools.product(cases, directions):
+            ratios = {x: _ratio(rows, x, case, direction) for x in shapes}
+            where = [f"{x} ({r:.2f}x)" for x, r in ratios.items() if r and r < 1]
+            if where:
+                slower.append(f"- {case} {direction}: {'; '.join(where)}")
+        verdict = ["Slower than cuDNN:", "", *slower] if slower else []
+        tables[op] = "\n".join([*lines, "", *verdict]).rstrip()
+    return tables
+
+
+def _environment(results) -> str:
+    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v)
+    driver = f", driver {results['driver']}" if results.get("driver") else ""
+    rounds = f"medians of {results['rounds']} rounds"
+    return f"{results['device']}{driver}, {versions}, {rounds}"
+
+
+def _by_key(results, op) -> dict[tuple[str, str, str], dict[str, Any]]:
+    """Rows of an operation by shape, competitor and direction."""
     return {
-        (row["scheme"], row["what"], row["length"], row["direction"]): row
+        (row["shape"], row["case"], row["direction"]): row
         for row in results["rows"]
+        if row["op"] == op and row["shape"] in results["shapes"][op]
     }
 
 
-def _heads(results, scheme):
-    sizes = results["schemes"][scheme]
-    return f"{scheme} {sizes['heads']}/{sizes['kv_heads']}"
+def _directions(rows) -> list[str]:
+    found = {direction for _, _, direction in rows}
+    return [x for x in DIRECTIONS if x in found]
 
 
-def _time(rows, key):
-    """Milliseconds, and how many times faster than dense attention."""
-    if key not in rows:
+def _cases(keys) -> list[str]:
+    """The competitors, the one that others are compared with first."""
+    names = dict.fromkeys(case for _, case, _ in keys)
+    return sorted(names, key=lambda name: name != ops.REFERENCE)
+
+
+def _ratio(rows, shape, case, direction) -> float | None:
+    """How many times faster than dense attention, if both were measured."""
+    own, dense = (
+        rows.get((shape, x, direction), {}).get("milliseconds")
+        for x in (case, ops.REFERENCE)
+    )
+    comparable = case != ops.REFERENCE and None not in (own, dense)
+    return dense / own if comparable else None
+
+
+def _time(rows, shape, case, direction) -> str:
+    row = rows.get((shape, case, direction), {})
+    if "milliseconds" not in row:
+        return "failed" if "error" in row else "-"
+    ratio = _ratio(rows, shape, case, direction)
+    milliseconds = row["milliseconds"]
+    digits = f"{milliseconds:.3g}" if milliseconds < 100 else f"{milliseconds:.0f}"
+    return digits + (f" ({ratio:.2f}x)" if ratio else "")
+
+
+def _rate(row) -> str:
+    if not row.get("useful_flops_per_second"):
         return "-"
-    scheme, what, length, direction = key
-    milliseconds = rows[key]["milliseconds"]
-    if what == "cudnn":
-        return f"{milliseconds:.2f}"
-    dense = rows[scheme, "cudnn", length, direction]["milliseconds"]
-    return f"{milliseconds:.2f} ({dense / milliseconds:.2f}x)"
+    rate, ceiling = (row[f"{x}_flops_per_second"] for x in ("useful", "matmul"))
+    return f"{rate / 1e12:.3g} ({rate / ceiling:.0%})"
 
 
-if __name__ == "__main__":
-    results = json.loads(pathlib.Path(sys.argv[1]).read_text())
-    print(summary(results), details(results), sep="\n\n")
+def _gibibytes(row) -> str:
+    size = row.get("temporary_bytes")
+    return "-" if size is None else f"{size / 2**30:.2f}"
+
+
+def _pairs(directions: Iterable[str], unit: str) -> list[str]:
+    return [x for name in directions for x in (f"{name} {unit}", "TFLOP/s")]
+
+
+def _header(cells: Sequence[str], left: int) -> list[str]:
+    """The first two lines of a table whose first columns are flush left."""
+    return [_line(cells), f"|{'---|' * left}{'--:|' * (len(cells) - left)}"]
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"

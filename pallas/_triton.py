@@ -6,24 +6,26 @@ gradients are tested without a GPU.
 """
 
 import contextlib
+import dataclasses
 import functools
 import importlib.util
 import inspect
+import math
 import threading
 import types
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jattn.pallas import _device
+
 # The PTX of CUDA 12.8, which every driver from then on can load. By default Triton
 # writes the newest version its own ptxas knows, and older drivers refuse that.
 PTX_VERSION = 87
-
-# What a machine without a GPU compiles for.
-DEFAULT_CAPABILITY = 90
 
 # Triton's interpreter keeps the position in the grid in one global object.
 _interpreter_lock = threading.Lock()
@@ -38,30 +40,54 @@ def unavailable(*capabilities: int) -> str | None:
     """
     if any(importlib.util.find_spec(n) is None for n in ("jax_triton", "triton")):
         return "it needs the packages jax-triton and triton (pip install 'jattn[gpu]')"
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU, and JAX runs on {jax.default_backend()!r}"
-    if compute_capability() not in capabilities:
-        tested = ", ".join(f"{c / 10}" for c in capabilities)
-        return (
-            f"it was tested on compute capability {tested} only, and this GPU "
-            f"({jax.devices()[0].device_kind}) has {compute_capability() / 10}"
-        )
-    return None
+    return _device.unsupported(*capabilities)
 
 
-@functools.cache
-def compute_capability() -> int:
-    """That of the first GPU, such as 90; DEFAULT_CAPABILITY without a GPU."""
-    if jax.default_backend() != "gpu":
-        return DEFAULT_CAPABILITY
-    return int(jax.devices()[0].compute_capability.replace(".", ""))
+@dataclasses.dataclass(frozen=True)
+class Descriptor:
+    """An array that a kernel reads through TMA: `descriptor.load([row, column])`.
+
+    Hopper's copy engine then fetches whole tiles, without addresses in registers, and
+    gives 0 beyond the array's end. For an output, or an array whose shape is known to
+    the kernel only, call `tl.make_tensor_descriptor` in the kernel: it works as well.
+
+    Attributes:
+      array: Of at most 5 axes; the bytes of all but the last (its strides) have to be
+        multiples of 16.
+      block_shape: Shape of a tile: powers of two, at least 16 bytes along the last
+        axis, and where a load starts along it has to be a multiple of 16 bytes.
+
+    Raises:
+      ValueError: The array or the tile cannot be described.
+    """
+
+    array: jax.Array
+    block_shape: tuple[int, ...]
+
+    def __post_init__(self):
+        shape, itemsize = self.array.shape, self.array.dtype.itemsize
+        strides = [math.prod(shape[i:]) * itemsize for i in range(1, len(shape))]
+        if not 1 <= len(shape) <= 5 or 0 in shape or any(x % 16 for x in strides):
+            raise ValueError(
+                "a descriptor needs an array of 1 to 5 axes that is not empty and "
+                "whose strides are multiples of 16 bytes; got "
+                f"{self.array.dtype} {list(shape)}"
+            )
+        tile = self.block_shape
+        powers = all(x > 0 and x & (x - 1) == 0 for x in tile)
+        if len(tile) != len(shape) or not powers or tile[-1] * itemsize < 16:
+            raise ValueError(
+                f"block_shape must have {len(shape)} powers of two, the last one for "
+                f"at least 16 bytes; got {list(tile)} of {self.array.dtype}"
+            )
 
 
 def call(
     kernel: Any,
-    *operands: jax.Array | int | float,
+    *operands: jax.Array | Descriptor | int | float,
     outputs: Sequence[jax.ShapeDtypeStruct],
     grid: tuple[int, int] | tuple[int, int, int],
+    updated: Sequence[int] = (),
     num_warps: int = 4,
     num_stages: int = 3,
     max_registers: int | None = None,
@@ -77,10 +103,13 @@ def call(
     Args:
       kernel: A function decorated with triton.jit. Its parameters are the operands,
         then one pointer for each output, then constants (tl.constexpr).
-      *operands: Arrays become pointers; Python numbers are compiled into the kernel.
+      *operands: Arrays become pointers, or descriptors if they come in a Descriptor;
+        Python numbers are compiled into the kernel.
       outputs: Shapes and dtypes. The kernel has to write every element that anyone
         reads: they start out undefined (NaN, or the lowest integer, on a CPU).
       grid: Number of programs along each axis.
+      updated: Which operands, arrays, the kernel writes to. Their new values come after the
+        outputs; what it does not write stays as it was.
       num_warps: Warps of one program.
       num_stages: Depth of software pipelining.
       max_registers: Registers a thread may have, so that more programs fit on a
@@ -88,46 +117,65 @@ def call(
       flops: Floating-point operations of the call, for profilers.
       **constants: Values of the kernel's tl.constexpr parameters.
     """
-    arrays = [x for x in operands if isinstance(x, jax.Array)]
-    is_array = [isinstance(x, jax.Array) for x in operands]
+    arrays = [
+        x.array if isinstance(x, Descriptor) else x
+        for x in operands
+        if isinstance(x, jax.Array | Descriptor)
+    ]
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
+    values: list[Any] = [operands[i] for i in updated]
+    values = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values]
     nbytes = sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs))
 
-    def merge(arrays):
+    def merge(arrays, describe) -> Iterator[Any]:
+        """The operands, with these arrays in place of theirs."""
         remaining = iter(arrays)
-        pairs = zip(operands, is_array, strict=True)
-        return [next(remaining) if array else number for number, array in pairs]
+        for operand in operands:
+            if isinstance(operand, Descriptor):
+                yield describe(next(remaining), operand.block_shape)
+            elif isinstance(operand, jax.Array):
+                yield next(remaining)
+            else:
+                yield operand
 
     def launch(*arrays):
         import jax_triton
 
         _patch_dead_code_elimination()
-        return jax_triton.triton_call(
-            *merge(arrays),
-            kernel=kernel,
-            out_type=outputs,
-            grid=grid,
-            compute_capability=compute_capability(),
-            num_warps=num_warps,
-            num_stages=num_stages,
-            backend_options={
-                "ptx_version": PTX_VERSION,
-                "maxnreg": max_registers,
-                # Triton's default is about to change; kernels are tested with it on.
-                "enable_fp_fusion": True,
-            },
-            cost_estimate={"flops": flops, "bytes_accessed": nbytes},
-            **constants,
-        )
+        arguments = list(merge(arrays, jax_triton.TensorDescriptor.from_array))
+        # References are meant to take the place of aliases, but under shard_map what
+        # they become does not know the mesh axes it varies over.
+        aliases = {operand: len(outputs) + i for i, operand in enumerate(updated)}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "input_output_aliases is deprecated")
+            return jax_triton.triton_call(
+                *arguments,
+                kernel=kernel,
+                input_output_aliases=aliases,
+                out_type=[*outputs, *values],
+                grid=grid,
+                compute_capability=_device.compute_capability(),
+                num_warps=num_warps,
+                num_stages=num_stages,
+                backend_options={
+                    "ptx_version": PTX_VERSION,
+                    "maxnreg": max_registers,
+                    # The default is about to change; kernels are tested with it.
+                    "enable_fp_fusion": True,
+                },
+                cost_estimate={"flops": flops, "bytes_accessed": nbytes},
+                **constants,
+            )
 
     def interpret(*arrays):
         def host(*arrays):
-            buffers = [np.array(x) for x in arrays]
+            buffers = [_Buffer(np.array(x)) for x in arrays]
             results = [_poisoned(x) for x in outputs]
-            _run_interpreter(kernel, grid, merge(buffers), results, constants)
-            return results
+            arguments = *merge(buffers, _describe), *map(_Buffer, results)
+            _run_interpreter(kernel, grid, arguments, constants)
+            return [*results, *(arguments[i].array for i in updated)]
 
-        return jax.pure_callback(host, outputs, *arrays)
+        return jax.pure_callback(host, [*outputs, *values], *arrays)
 
     @jax.custom_batching.sequential_vmap
     def run(*arrays):
@@ -181,13 +229,10 @@ def _poisoned(output: jax.ShapeDtypeStruct) -> np.ndarray:
     return np.full(output.shape, fill, output.dtype)
 
 
-def _run_interpreter(kernel, grid, operands, results, constants):
-    """Runs the kernel on numpy arrays; what it writes to results stays there."""
+def _run_interpreter(kernel, grid, arguments, constants):
+    """Runs the kernel; what it writes to arguments stays there."""
     from triton.runtime.interpreter import InterpretedFunction
 
-    arguments = [
-        _Buffer(x) if isinstance(x, np.ndarray) else x for x in (*operands, *results)
-    ]
     language = _interpreted_language(kernel.fn.__globals__)
     # A GPU divides by zero and takes log(0) without a word.
     with _interpreter_lock, language, np.errstate(all="ignore"):
@@ -198,20 +243,23 @@ def _run_interpreter(kernel, grid, operands, results, constants):
 def _interpreted_language(namespace):
     """Replaces the compiled functions that a kernel calls by Python ones.
 
-    They are the helpers of its module and those that triton.language itself is written
-    in, such as tl.max. Left alone, the interpreter patches the language again for each
-    of them and never undoes it, and nothing compiles afterwards.
+    They are those that its module names, those that these name in turn, and those that
+    triton.language itself is written in, such as tl.max. Left alone, the interpreter
+    patches the language again for each of them and never undoes it, and nothing
+    compiles afterwards.
     """
     import triton
     import triton.language as tl
     from triton.runtime import interpreter
 
-    functions = [
-        (names, name, function)
-        for names in (namespace, tl.__dict__, tl.standard.__dict__)
-        for name, function in list(names.items())
-        if isinstance(function, triton.JITFunction)
-    ]
+    namespaces = [namespace, tl.__dict__, tl.standard.__dict__]
+    functions = []
+    for names in namespaces:  # which grows meanwhile
+        for name, function in names.items():
+            if isinstance(function, triton.JITFunction):
+                functions.append((names, name, function))
+                if not any(function.fn.__globals__ is x for x in namespaces):
+                    namespaces.append(function.fn.__globals__)
     language = types.SimpleNamespace(__globals__={"tl": tl, "core": tl.core})
     scope = interpreter._patch_lang(language)
     for names, name, function in functions:
@@ -224,6 +272,13 @@ def _interpreted_language(namespace):
         scope.restore()
 
 
+def _describe(buffer, block_shape):
+    """The descriptor that Triton's interpreter takes."""
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(buffer, list(block_shape))
+
+
 class _Buffer:
     """A numpy array with the methods Triton's interpreter asks of a torch tensor."""
 
@@ -234,6 +289,7 @@ class _Buffer:
         kind = array.dtype.name.rstrip("0123456789")
         bits = array.dtype.name.removeprefix(kind)
         self.array = array
+        self.shape = array.shape
         self.dtype = tl.dtype(names[kind] + bits)
 
     def data_ptr(self):

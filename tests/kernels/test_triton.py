@@ -1,27 +1,31 @@
 """jattn.pallas._triton: one launch for GPUs and for Triton's interpreter."""
 
+import functools
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import triton
 import triton.language as tl
 from jax._src.interpreters import partial_eval
 from jax_triton import triton_lib
 
-from jattn.pallas import _triton
-from tests.support import shard_over_batch
-
-
-@triton.jit
-def _scaled(x, factor):
-    return x * factor
+from jattn.pallas import _device, _triton
+from tests.kernels.scaling import scaled
+from tests.support import (
+    assert_equal_up_to_rounding,
+    normal,
+    shard_over_batch,
+)
 
 
 @triton.jit
 def _scale_kernel(x_ptr, factor, size, y_ptr, peak_ptr, BLOCK: tl.constexpr):
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + index, mask=index < size, other=-float("inf"))
-    y = _scaled(x, factor)
+    y = scaled(x, factor)
     tl.store(y_ptr + index, y, mask=index < size)
     tl.store(peak_ptr + tl.program_id(0), tl.max(y))
 
@@ -65,6 +69,112 @@ def test_transformations_agree():
         np.testing.assert_array_equal(actual, expected)
 
 
+@triton.jit
+def _matmul_kernel(
+    x,  # descriptor [M, K]
+    y,  # descriptor [K, N]
+    rows,
+    columns,
+    out_ptr,  # [M, N]
+    INNER: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    row = tl.program_id(0) * BLOCK
+    column = tl.program_id(1) * BLOCK
+    total = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for start in range(0, INNER, STEP):
+        total = tl.dot(x.load([row, start]), y.load([start, column]), total)
+    out = tl.make_tensor_descriptor(
+        out_ptr, shape=[rows, columns], strides=[columns, 1], block_shape=[BLOCK, BLOCK]
+    )
+    out.store([row, column], total.to(out_ptr.dtype.element_ty))
+
+
+def matmul(x, y, block=16):
+    """The product of x [M, K] and y [K, N]."""
+    rows, columns = x.shape[0], y.shape[1]
+    [out] = _triton.call(
+        _matmul_kernel,
+        _triton.Descriptor(x, (block, block)),
+        _triton.Descriptor(y, (block, block)),
+        rows,
+        columns,
+        outputs=[jax.ShapeDtypeStruct((rows, columns), x.dtype)],
+        grid=(triton.cdiv(rows, block), triton.cdiv(columns, block)),
+        INNER=x.shape[1],
+        BLOCK=block,
+        STEP=block,
+    )
+    return out
+
+
+def test_descriptors_read_and_write_tiles():
+    # No size is a multiple of a tile's; a row is one of 16 bytes.
+    x, y = normal(0, (2, 40, 24), (2, 24, 28))
+    expected = jnp.matmul(x, y, precision="highest")
+    for actual in (
+        jnp.stack([matmul(*pair) for pair in zip(x, y, strict=True)]),
+        jax.jit(jax.vmap(matmul))(x, y),
+        shard_over_batch(lambda x, y: matmul(x[0], y[0])[None])(x, y),
+    ):
+        assert_equal_up_to_rounding(actual, expected)
+
+
+def test_descriptors_compile_to_tensor_copies_for_hopper(compile_triton):
+    shape = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16)
+    matmul_of_tiles = functools.partial(matmul, block=64)
+    ptx, shared_bytes = compile_triton(matmul_of_tiles, shape, shape)["_matmul_kernel"]
+    assert "cp.async.bulk.tensor.2d.shared" in ptx
+    assert "cp.async.bulk.tensor.2d.global.shared" in ptx
+    assert "wgmma.mma_async" in ptx
+    assert shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("shape", "tile", "message"),
+    [
+        ((40, 6), (16, 4), "strides are multiples of 16 bytes; got float32 [40, 6]"),
+        ((0, 8), (16, 8), "not empty"),
+        ((2,) * 5 + (8,), (1,) * 5 + (8,), "1 to 5 axes"),
+        ((40, 8), (16,), "block_shape must have 2 powers of two"),
+        ((40, 8), (16, 6), "powers of two"),
+        ((40, 8), (16, 2), "at least 16 bytes; got [16, 2] of float32"),
+    ],
+)
+def test_says_what_no_descriptor_can_describe(shape, tile, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        _triton.Descriptor(jnp.zeros(shape), tile)
+
+
+@triton.jit
+def _add_kernel(x_ptr, total_ptr, size, BLOCK: tl.constexpr):
+    index = tl.arange(0, BLOCK)
+    mask = (index < size) & (index % 2 == 0)
+    total = tl.load(total_ptr + index, mask=mask) + tl.load(x_ptr + index, mask=mask)
+    tl.store(total_ptr + index, total, mask=mask)
+
+
+def add_to_even(x, total):
+    """Total plus x where the index is even."""
+    [total] = _triton.call(
+        _add_kernel, x, total, x.size, outputs=[], updated=[1], grid=(1, 1), BLOCK=32
+    )
+    return total
+
+
+def test_updated_operands_keep_what_is_not_written():
+    x, total = jnp.arange(24.0), jnp.full(24, 100.0)
+    expected = np.where(np.arange(24) % 2, 100, 100 + np.arange(24))
+    np.testing.assert_array_equal(jax.jit(add_to_even)(x, total), expected)
+    np.testing.assert_array_equal(total, np.full(24, 100))
+    shape = jax.ShapeDtypeStruct((24,), jnp.float32)
+    traced = jax.jit(add_to_even).trace(shape, shape)
+    lowered = traced.lower(lowering_platforms=("cuda",)).as_text()
+    [alias] = re.findall(r"#stablehlo.output_operand_alias<([^>]*)>", lowered)
+    assert "operand_index = 1" in alias
+
+
 def test_compiles_for_any_cuda_from_12_8_on_after_interpreting(compile_triton):
     scale(jnp.arange(24.0))
     shape = jax.ShapeDtypeStruct((24,), jnp.float32)
@@ -73,10 +183,14 @@ def test_compiles_for_any_cuda_from_12_8_on_after_interpreting(compile_triton):
     assert ".target sm_90a" in ptx
 
 
-def test_lowers_inside_shard_map(compile_triton):
-    shape = jax.ShapeDtypeStruct((2, 24), jnp.float32)
+def test_lowers_inside_shard_map_and_vmap(compile_triton):
+    row = jax.ShapeDtypeStruct((2, 24), jnp.float32)
     sharded = shard_over_batch(lambda x: scale(x[0])[0][None])
-    assert "_scale_kernel" in compile_triton(sharded, shape)
+    mapped = jax.vmap(lambda x: scale(x)[0])
+    assert "_scale_kernel" in compile_triton(lambda x: sharded(x) + mapped(x), row)
+    matrix = jax.ShapeDtypeStruct((2, 32, 32), jnp.float32)
+    sharded = shard_over_batch(lambda x: matmul(x[0], x[0])[None])
+    assert "_matmul_kernel" in compile_triton(sharded, matrix)
 
 
 def test_dead_code_elimination_knows_both_conventions(monkeypatch):
@@ -95,7 +209,7 @@ def test_dead_code_elimination_knows_both_conventions(monkeypatch):
 def test_says_what_is_missing(monkeypatch):
     assert "needs a GPU, and JAX runs on 'cpu'" in _triton.unavailable(90)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_triton, "compute_capability", lambda: 80)
+    monkeypatch.setattr(_device, "compute_capability", lambda: 80)
     assert "tested on compute capability 9.0 only" in _triton.unavailable(90)
     assert _triton.unavailable(80, 90) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)

@@ -1,0 +1,82 @@
+"""Native sparse attention whole, beside dense causal attention.
+
+Everything is on the clock: compression of keys and values by their mean, selection, the
+three branches and their gated sum. Sizes are the paper's, windows of 32 keys every 16,
+16 blocks of 64, a sliding window of 512; each branch has keys and values of its own.
+"""
+
+import functools
+
+import jax
+
+import jattn
+from benchmarks.block_sparse import selected_pairs
+from benchmarks.dense import attention_flops, cudnn, normal
+from benchmarks.measure import Case
+
+KERNEL_SIZE, STRIDE = 32, 16
+BLOCK_SIZE, NUM_BLOCKS = 64, 16
+WINDOW = 512
+
+SHAPES = {
+    f"64/4, {length}k": dict(heads=64, kv_heads=4, length=1024 * length)
+    for length in (8, 16, 32, 64, 128)
+} | {
+    f"groups of {group}, 32k": dict(heads=16, kv_heads=16 // group, length=32768)
+    for group in (1, 2, 4, 8)
+}
+
+
+def cases(
+    *, length: int, heads: int, kv_heads: int, width: int = 128
+) -> dict[str, Case]:
+    """The operation, and dense causal attention by cuDNN.
+
+    Args:
+      length: Of the one sequence.
+      heads: Query heads.
+      kv_heads: Key-value heads.
+      width: That of the heads.
+    """
+    query, *pairs = normal(
+        (1, length, heads, width), *[(1, length, kv_heads, width)] * 6
+    )
+    gates = jax.nn.sigmoid(query[..., :3])
+    seen = selected_pairs(length, BLOCK_SIZE, NUM_BLOCKS)
+    seen += sum(min(t + 1, WINDOW) for t in range(length))
+    seen += sum(
+        (t + 1 - KERNEL_SIZE) // STRIDE + 1 for t in range(KERNEL_SIZE - 1, length)
+    )
+    arrays = (query, *pairs, gates)
+    return {
+        "jattn": Case(native_sparse, arrays, **attention_flops(seen, heads, width)),
+        "cudnn": cudnn(query, *pairs[:2]),
+    }
+
+
+def native_sparse(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    key_selected: jax.Array,
+    value_selected: jax.Array,
+    key_window: jax.Array,
+    value_window: jax.Array,
+    gates: jax.Array,
+) -> jax.Array:
+    """Native sparse attention of query [B, T, N, H] with compression by the mean."""
+    windows = functools.partial(
+        jattn.nsa_windows, kernel_size=KERNEL_SIZE, stride=STRIDE
+    )
+    return jattn.native_sparse_attention(
+        query,
+        (windows(key).mean(axis=2), windows(value).mean(axis=2)),
+        (key_selected, value_selected),
+        (key_window, value_window),
+        gates,
+        kernel_size=KERNEL_SIZE,
+        stride=STRIDE,
+        block_size=BLOCK_SIZE,
+        num_blocks=NUM_BLOCKS,
+        window_size=WINDOW,
+    )

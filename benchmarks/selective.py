@@ -1,0 +1,61 @@
+"""Selective Attention beside dense causal attention.
+
+Inputs are N(0, 1) numbers. The selecting head's logits are then N(0, 1) as well, and a
+query adds 0.4 to the F of every key before it on average. With SKIP_ERROR, a tile of 64
+keys is skipped once all its F are past the threshold of about 50, which is some 130 to
+180 queries later: more than 80 % of the tiles at 4096 tokens, and a larger part of more
+tokens. `skipped_share` counts them.
+"""
+
+import functools
+
+import jattn
+from benchmarks.dense import attention_flops, causal_pairs, cudnn, normal
+from benchmarks.measure import Case
+
+# Far below what bf16 can tell apart.
+SKIP_ERROR = 1e-4
+
+SHAPES = {
+    "16/16, 4k": dict(batch=4, heads=16, kv_heads=16, length=4096, width=64),
+    "32/8, 32k": dict(batch=1, heads=32, kv_heads=8, length=32768, width=128),
+    "32/8, 8k": dict(batch=2, heads=32, kv_heads=8, length=8192, width=128),
+    "16/16, 1k": dict(batch=16, heads=16, kv_heads=16, length=1024, width=64),
+}
+
+
+def cases(
+    *, batch: int, length: int, heads: int, kv_heads: int, width: int
+) -> dict[str, Case]:
+    """The operation without and with skipping, and dense attention by cuDNN.
+
+    Args:
+      batch: Sequences.
+      length: Of each.
+      heads: Query heads.
+      kv_heads: Key-value heads.
+      width: That of the heads.
+    """
+    arrays = normal(
+        (batch, length, heads, width), *[(batch, length, kv_heads, width)] * 2
+    )
+    pairs = batch * causal_pairs(length)
+    case = functools.partial(Case, **attention_flops(pairs, heads, width))
+    attend = functools.partial(jattn.selective_attention, implementation="triton")
+    skipping = functools.partial(attend, skip_error=SKIP_ERROR)
+    return {
+        "jattn": case(attend, arrays),
+        "jattn, skipping": case(skipping, arrays),
+        "cudnn": cudnn(*arrays),
+    }
+
+
+def skipped_share(
+    *, batch: int, length: int, heads: int, kv_heads: int, width: int
+) -> float:
+    """The share of the causal tiles of 128 queries and 64 keys that is skipped."""
+    from jattn.pallas.selective.triton import skipped_tiles
+
+    query, key = normal((batch, length, heads, width), (batch, length, kv_heads, width))
+    skipped, causal = skipped_tiles(query, key, None, width**-0.5, SKIP_ERROR, 64)
+    return float(skipped / causal)

@@ -1,0 +1,33 @@
+"""Where Mosaic GPU kernels run: on a GPU, or interpreted on a CPU.
+
+On a CPU a kernel runs in Pallas' interpreter, which simulates shared memory,
+barriers and asynchronous copies, reports races, and fills what nobody has written with
+NaN. It keeps its state in global variables: one kernel at a time, so not under
+shard_map over several host devices.
+"""
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from jattn.pallas import _device
+
+# Mosaic GPU compiles to the instructions of Hopper; later GPUs have others.
+CAPABILITY = 90
+
+
+def unavailable() -> str | None:
+    """Why Mosaic kernels for Hopper cannot run here, or None."""
+    return _device.unsupported(CAPABILITY)
+
+
+def interpretation() -> plgpu.InterpretGPUParams | None:
+    """What `plgpu.kernel` takes as interpret: None where it is lowered for a GPU.
+
+    Some instructions cannot be interpreted; a kernel that has them needs another form
+    where this is not None.
+    """
+    # Unlike Triton's, this interpreter cannot be a branch that lowering for a GPU
+    # leaves out: its effects would stay.
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    platform = device.platform if device is not None else jax.default_backend()
+    return None if platform == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
