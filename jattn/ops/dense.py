@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
+from jattn.pallas.flash import unsupported
 
 
 def dense_attention(
@@ -44,9 +45,32 @@ def dense_attention(
     """
     sizes = _common.check_attention(query, key, value, segment_ids)
     _common.check_positive(window=window)
-    _common.choose_implementation("dense_attention", implementation)
     b, t, s = sizes["B"], sizes["T"], sizes["S"]
     scale = _common.default_scale(scale, sizes["H"])
+    chosen = _common.choose_implementation(
+        "dense_attention",
+        implementation,
+        [("triton", unsupported(query, key, value, stride=1, scale=scale))],
+    )
+    if chosen == "triton":
+        # Triton is an optional dependency.
+        from jattn.pallas.flash import triton as kernel
+
+        starts = None
+        if segment_ids is not None:
+            starts = _common.document_starts(segment_ids)[:, s - t :]
+        results: _common.AttentionOutput = kernel.attend(
+            query,
+            key,
+            value,
+            starts,
+            kernel_size=1,
+            stride=1,
+            window=window,
+            length=s,
+            scale=scale,
+        )
+        return results if return_lse else results[0]
     positions = jnp.broadcast_to(jnp.arange(s), (b, s))
     # Where a chunk of queries and its window are much shorter than the keys, only
     # that stretch of keys is read.

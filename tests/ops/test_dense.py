@@ -179,7 +179,7 @@ def test_wrong_shapes_are_named(changes, message):
     [
         ({"window": 0}, ValueError, "window must be a positive integer; got 0"),
         ({"implementation": "cuda"}, ValueError, "implementation must be"),
-        ({"implementation": "triton"}, NotImplementedError, "no such kernel"),
+        ({"implementation": "pallas"}, NotImplementedError, "no such kernel"),
         ({"segment_ids": jnp.zeros((2, 3), jnp.int32)}, ValueError, "segment_ids"),
     ],
 )
