@@ -65,12 +65,11 @@ def block_sparse_attention(
     sizes = _common.check_attention(query, key, value, segment_ids)
     _common.check_positive(block_size=block_size)
     _check_block_indices(block_indices, sizes)
-    chosen = _common.choose_implementation(
-        "block_sparse_attention",
-        implementation,
-        [("triton", unsupported(query, key, value, block_indices, block_size))],
-    )
     scale = _common.default_scale(scale, sizes["H"])
+    reason = unsupported(query, key, value, block_indices, block_size, scale)
+    chosen = _common.choose_implementation(
+        "block_sparse_attention", implementation, [("triton", reason)]
+    )
     if chosen == "triton":
         # Triton is an optional dependency.
         from jattn.pallas.block_sparse import triton as kernel

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jattn.ops import _common
 from jattn.ops.block_sparse import block_sparse_attention
+from jattn.pallas import selection
 
 
 def mixture_of_block_attention(
@@ -60,7 +61,12 @@ def mixture_of_block_attention(
     _check_blocks(sizes["S"], block_size, top_k)
     if block_indices is None:
         block_indices = moba_select_blocks(
-            query, key, block_size=block_size, top_k=top_k, segment_ids=segment_ids
+            query,
+            key,
+            block_size=block_size,
+            top_k=top_k,
+            segment_ids=segment_ids,
+            implementation=implementation,
         )
     elif block_indices.shape != (*query.shape[:3], top_k):
         raise ValueError(
@@ -88,6 +94,7 @@ def moba_select_blocks(
     top_k: int,
     segment_ids: jax.Array | None = None,
     round_pooled_keys: bool = True,
+    implementation: _common.Implementation | None = None,
 ) -> jax.Array:
     """The blocks each query head attends to: its own, and the best before it.
 
@@ -106,6 +113,8 @@ def moba_select_blocks(
       segment_ids: int [B, S], the document each key belongs to.
       round_pooled_keys: Round the mean keys to key's dtype, as models trained with the
         released code did. Without it, selections differ where scores are close.
+      implementation: "xla", "pallas", "triton", or None for the fastest that
+        supports the call.
 
     Returns:
       int32 [B, T, N, top_k] in ascending order, -1 at the end where a query has fewer
@@ -114,12 +123,26 @@ def moba_select_blocks(
     Raises:
       ValueError: Shapes or dtypes do not fit, a size is not positive, or top_k
         exceeds the blocks there are.
+      NotImplementedError: The requested implementation does not support the call.
     """
     sizes = _common.check_attention(query, key, key, segment_ids)
     b, t, s = sizes["B"], sizes["T"], sizes["S"]
     count = _check_blocks(s, block_size, top_k)
+    chosen = _common.choose_implementation(
+        "moba_select_blocks",
+        implementation,
+        [
+            (
+                "triton",
+                selection.unsupported(query, key, lists=sizes["N"], blocks=count),
+            )
+        ],
+    )
+    starts = None
     if segment_ids is None:
         segment_ids = jnp.zeros((b, s), jnp.int32)
+    else:
+        starts = _common.document_starts(segment_ids)[:, s - t :]
     last_tokens = jnp.minimum(jnp.arange(1, count + 1) * block_size, s) - 1
     block_segments = segment_ids[:, last_tokens]  # [B, count]
 
@@ -134,6 +157,19 @@ def moba_select_blocks(
     tokens = tokens.reshape(b, count, block_size).sum(axis=2)
     rounded_to = key.dtype if round_pooled_keys else sums.dtype
     pooled_keys = mean_keys(sums, tokens[..., None, None], rounded_to)
+    if chosen == "triton":
+        # Triton is an optional dependency.
+        from jattn.pallas.selection import triton as kernel
+
+        # The kernel's products are fp32 in either dtype; in a narrow one they are fast.
+        return kernel.moba_blocks(
+            query,
+            pooled_keys.astype(rounded_to),
+            starts,
+            length=s,
+            block_size=block_size,
+            top_k=top_k,
+        )
     return select_pooled(
         query,
         pooled_keys,

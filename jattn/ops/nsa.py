@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jattn.ops import _common
 from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.dense import dense_attention
+from jattn.pallas import flash, selection
 
 
 def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax.Array:
@@ -97,8 +98,36 @@ def compressed_attention(
     _common.check_floating(query=query, key_cmp=key_cmp, value_cmp=value_cmp)
     _check_windows(kernel_size, stride)
     length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
-    _common.choose_implementation("compressed_attention", implementation)
+    scale = _common.default_scale(scale, sizes["H"])
+    chosen = _common.choose_implementation(
+        "compressed_attention",
+        implementation,
+        [
+            (
+                "triton",
+                flash.unsupported(
+                    query, key_cmp, value_cmp, stride=stride, scale=scale
+                ),
+            )
+        ],
+    )
     positions, starts = _query_range(query, length, segment_ids)
+    if chosen == "triton":
+        # Triton is an optional dependency.
+        from jattn.pallas.flash import triton as kernel
+
+        results: _common.AttentionOutput = kernel.attend(
+            query,
+            key_cmp,
+            value_cmp,
+            None if segment_ids is None else starts,
+            kernel_size=kernel_size,
+            stride=stride,
+            window=None,
+            length=length,
+            scale=scale,
+        )
+        return results if return_lse else results[0]
     out, lse = attend_windows(
         query,
         key_cmp,
@@ -107,7 +136,7 @@ def compressed_attention(
         document_starts=starts,
         kernel_size=kernel_size,
         stride=stride,
-        scale=_common.default_scale(scale, sizes["H"]),
+        scale=scale,
     )
     return (out, lse) if return_lse else out
 
@@ -164,25 +193,20 @@ def nsa_select_blocks(
         tokens, or the sizes contradict each other.
       NotImplementedError: The requested implementation does not support the call.
     """
-    sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
-    _common.check_floating(query=query, key_cmp=key_cmp)
-    check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
-    length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
-    _common.choose_implementation("nsa_select_blocks", implementation)
-    positions, starts = _query_range(query, length, segment_ids)
-    return select_blocks(
+    return select_blocks_by_lse(
         query,
         key_cmp,
-        query_positions=positions,
-        document_starts=starts,
-        length=length,
+        None,
         kernel_size=kernel_size,
         stride=stride,
         block_size=block_size,
         num_blocks=num_blocks,
         num_initial=num_initial,
         num_local=num_local,
-        scale=_common.default_scale(scale, sizes["H"]),
+        length=length,
+        scale=scale,
+        segment_ids=segment_ids,
+        implementation=implementation,
     )
 
 
@@ -262,7 +286,6 @@ def native_sparse_attention(
     )
     _common.check_floating(gates=gates)
     _common.check_positive(window_size=window_size)
-    _common.choose_implementation("native_sparse_attention", implementation)
     shared: dict[str, Any] = {
         "scale": scale,
         "segment_ids": segment_ids,
@@ -273,29 +296,44 @@ def native_sparse_attention(
         "stride": stride,
         "length": sizes["S"],
     }
-    if block_indices is None:
-        block_indices = nsa_select_blocks(
-            query,
-            compressed[0],
-            block_size=block_size,
-            num_blocks=num_blocks,
-            num_initial=num_initial,
-            num_local=num_local,
-            **windows,
-            **shared,
+    check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
+    from_compressed = compressed_attention(
+        query, *compressed, return_lse=True, **windows, **shared
+    )
+    # Where there are no more blocks than a query reads, it reads all that it may see.
+    every_block = block_indices is None and num_blocks * block_size >= sizes["S"]
+    if every_block:
+        block_indices = _visible_blocks(
+            *_query_range(query, sizes["S"], segment_ids),
+            (sizes["K"], num_blocks),
+            block_size,
         )
-    branches = [
-        compressed_attention(query, *compressed, return_lse=True, **windows, **shared),
-        block_sparse_attention(
+        from_selected = dense_attention(query, *selected, return_lse=True, **shared)
+    else:
+        if block_indices is None:
+            block_indices = select_blocks_by_lse(
+                query,
+                compressed[0],
+                from_compressed[1],
+                block_size=block_size,
+                num_blocks=num_blocks,
+                num_initial=num_initial,
+                num_local=num_local,
+                **windows,
+                **shared,
+            )
+        from_selected = block_sparse_attention(
             query,
             *selected,
             block_indices,
             block_size=block_size,
             return_lse=True,
             **shared,
-        ),
-        dense_attention(query, *window, window=window_size, return_lse=True, **shared),
-    ]
+        )
+    in_window = dense_attention(
+        query, *window, window=window_size, return_lse=True, **shared
+    )
+    branches = from_compressed, from_selected, in_window
     outputs, lse = zip(*branches, strict=True)
     result = [gated_sum(outputs, gates)]
     if return_lse:
@@ -359,6 +397,85 @@ def attend_windows(
     chunk = _common.chunk_length(t, b * n * m * itemsize)
     return _common.map_query_chunks(
         attend, query, query_positions, document_starts, chunk=chunk
+    )
+
+
+def select_blocks_by_lse(
+    query: jax.Array,
+    key_cmp: jax.Array,
+    lse: jax.Array | None,
+    *,
+    kernel_size: int,
+    stride: int,
+    block_size: int,
+    num_blocks: int,
+    num_initial: int,
+    num_local: int,
+    length: int | None,
+    scale: float | None,
+    segment_ids: jax.Array | None,
+    implementation: _common.Implementation | None,
+) -> jax.Array:
+    """`nsa_select_blocks`, which need not normalise scores that are normalised before.
+
+    Args:
+      query: [B, T, N, H].
+      key_cmp: [B, M, K, H].
+      lse: [B, T, N], the log-sum-exp of `compressed_attention` with the same arguments,
+        or None if it is not known.
+      kernel_size: See `nsa_select_blocks`, as for all that follow.
+      stride: Its argument.
+      block_size: Its argument.
+      num_blocks: Its argument.
+      num_initial: Its argument.
+      num_local: Its argument.
+      length: Its argument.
+      scale: Its argument.
+      segment_ids: Its argument.
+      implementation: Its argument.
+
+    Returns:
+      int32 [B, T, K, num_blocks], ascending; -1 at the end where fewer can be seen.
+
+    Raises:
+      ValueError: As `nsa_select_blocks` does.
+      NotImplementedError: As `nsa_select_blocks` does.
+    """
+    sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
+    _common.check_floating(query=query, key_cmp=key_cmp)
+    check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
+    length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
+    scale = _common.default_scale(scale, sizes["H"])
+    reason = selection.unsupported(
+        query,
+        key_cmp,
+        lists=sizes["K"],
+        blocks=-(-length // block_size),
+        cells=block_size // stride,
+        scale=scale,
+    )
+    chosen = _common.choose_implementation(
+        "nsa_select_blocks", implementation, [("triton", reason)]
+    )
+    shared: dict[str, Any] = {
+        "length": length,
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "num_initial": num_initial,
+        "num_local": num_local,
+        "scale": scale,
+    }
+    positions, starts = _query_range(query, length, segment_ids)
+    if chosen == "triton":
+        # Triton is an optional dependency.
+        from jattn.pallas.selection import triton as kernel
+
+        starts = None if segment_ids is None else starts
+        return kernel.nsa_blocks(query, key_cmp, lse, starts, **shared)
+    return select_blocks(
+        query, key_cmp, query_positions=positions, document_starts=starts, **shared
     )
 
 
@@ -456,6 +573,14 @@ def _visible_windows(positions, starts, num_windows, kernel_size, stride):
     first = stride * jnp.arange(num_windows, dtype=jnp.int32)
     last = first + kernel_size - 1
     return (first >= starts[..., None]) & (last <= positions[..., None])
+
+
+def _visible_blocks(positions, starts, lists_shape, block_size):
+    """All blocks [B, T, *lists_shape] from a query's document start up to its own."""
+    first, own = starts // block_size, positions // block_size
+    blocks = first[..., None] + jnp.arange(lists_shape[-1], dtype=jnp.int32)
+    blocks = jnp.where(blocks <= own[..., None], blocks, -1)
+    return jnp.broadcast_to(blocks[:, :, None], (*positions.shape, *lists_shape))
 
 
 def _query_range(query, length, segment_ids):

@@ -16,6 +16,7 @@ def unsupported(
     value: jax.Array,
     block_indices: jax.Array,
     block_size: int,
+    scale: float,
 ) -> str | None:
     """Why the Triton kernel does not support a call, or None.
 
@@ -25,6 +26,7 @@ def unsupported(
       value: [B, S, K, V].
       block_indices: int [B, T, K, n] or [B, T, N, n].
       block_size: Keys in a block.
+      scale: Factor of the logits.
     """
     if (reason := _triton.unavailable(90)) is not None:
         return reason
@@ -40,6 +42,8 @@ def unsupported(
         return f"at most {MAX_GROUP} query heads may share a list, not {group}"
     if block_size % 16:
         return f"block_size must be a multiple of 16, not {block_size}"
+    if scale <= 0:
+        return f"scale must be positive, not {scale}"
     if 0 in query.shape + value.shape + block_indices.shape:
         return "an array is empty"
     block = kernel_block(query, value, block_size)
@@ -47,7 +51,7 @@ def unsupported(
     slots = block_indices.shape[-1] * (block_size // block)
     lists_shape = (b, t, k, block_indices.shape[2] // k, slots)
     blocks = -(-key.shape[1] // block)
-    _, chunks = portions(query, lists_shape, widest, blocks)
+    _, chunks = portions(query, lists_shape, widest)
     pairs = block_indices.size * (block_size // block)
     if max(pairs, chunks * b * k * (blocks + 1)) >= 2**31:
         return "it numbers pairs of a query and a block in 32 bits"

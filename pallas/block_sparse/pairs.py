@@ -9,11 +9,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-# Bound on the partial results of one chunk.
-PARTIAL_BYTES = 2**30
-
-# Rows that meet a block in one chunk, on average, if chunks are of queries only.
-MIN_BLOCK_ROWS = 1024
+# Bound on the partial results of one chunk of one portion. The queries of a chunk
+# should fit the second-level cache: each is read once for every block it attends to.
+PARTIAL_BYTES = 2**29
 
 
 class Pairs(NamedTuple):
@@ -59,7 +57,7 @@ def kernel_block(query: jax.Array, value: jax.Array, block_size: int) -> int:
 
 
 def portions(
-    query: jax.Array, lists_shape: tuple[int, ...], width: int, blocks: int
+    query: jax.Array, lists_shape: tuple[int, ...], width: int
 ) -> tuple[int, int]:
     """How much is worked on at once, so that partial results fit PARTIAL_BYTES.
 
@@ -67,22 +65,19 @@ def portions(
       query: [B, T, N, H].
       lists_shape: [B, T, K, R, n].
       width: That of a partial result.
-      blocks: How many blocks the keys have.
 
     Returns:
-      Portions D of the B K kv heads, and chunks C of the queries.
+      Portions D of the B K kv heads, and chunks C of the queries. Queries are cut up
+      last, so that a block meets as many of them as possible at a time.
     """
     b, t, k, _, n = lists_shape
-    rows = t * query.shape[2] // k * n  # of partial results, for a kv head
-    row_bytes = width * query.dtype.itemsize
-    chunks = -(-b * k * rows * row_bytes // PARTIAL_BYTES)
-    # Cutting up the queries alone leaves the order of arrays as it is, but a block has
-    # to be met by enough rows at a time.
-    if rows >= MIN_BLOCK_ROWS * chunks * blocks or chunks == 1:
-        return 1, min(t, chunks)
-    most = max(1, PARTIAL_BYTES // (rows * row_bytes))
+    head_bytes = t * query.shape[2] // k * n * width * query.dtype.itemsize
+    most = max(1, PARTIAL_BYTES // head_bytes)
     heads = max(x for x in range(1, b * k + 1) if b * k % x == 0 and x <= most)
-    return b * k // heads, min(t, -(-heads * rows * row_bytes // PARTIAL_BYTES))
+    # The kernels address the queries of a chunk in 32 bits.
+    least = t * query.shape[2] * width // 2**31 + 1
+    chunks = max(least, -(-heads * head_bytes // PARTIAL_BYTES))
+    return b * k // heads, min(t, chunks)
 
 
 def split_blocks(lists: jax.Array, count: int) -> jax.Array:

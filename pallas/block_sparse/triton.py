@@ -25,7 +25,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from jattn.pallas import _triton
+from jattn.pallas import _triton, tuning
+from jattn.pallas._tiles import _load_rows, _store_rows
 from jattn.pallas.block_sparse.pairs import (
     Pairs,
     kernel_block,
@@ -36,6 +37,8 @@ from jattn.pallas.block_sparse.pairs import (
 )
 
 LOG2_E = math.log2(math.e)
+
+_FORWARD, _BACKWARD = 0, 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,21 +60,36 @@ class Tiling:
     registers: int | None = None
 
 
-def tilings(query: jax.Array, value: jax.Array) -> tuple[Tiling, Tiling]:
-    """The tilings of the forward and of the backward kernel."""
+def tilings(
+    query: jax.Array, value: jax.Array, block: int, group: int
+) -> tuple[Tiling, Tiling]:
+    """The tilings of the forward and of the backward kernel.
+
+    Args:
+      query: [B, T, N, H].
+      value: [B, S, K, V].
+      block: Keys in a block of the kernels.
+      group: Query heads that share a list.
+    """
     if query.dtype.itemsize > 2:
-        return (
-            Tiling(rows=32, tiles=32, warps=4, stages=1),
-            Tiling(rows=32, tiles=32, warps=8, stages=1),
-        )
-    if max(query.shape[-1], value.shape[-1]) > 128:
-        return (
-            Tiling(rows=64, tiles=16, warps=4, stages=1),
-            Tiling(rows=64, tiles=64, warps=8, stages=1),
-        )
+        forward = Tiling(rows=32, tiles=32, warps=4, stages=1)
+        backward = Tiling(rows=32, tiles=32, warps=8, stages=1)
+    elif max(query.shape[-1], value.shape[-1]) > 128:
+        forward = Tiling(rows=64, tiles=16, warps=4, stages=1)
+        backward = Tiling(rows=64, tiles=64, warps=8, stages=1)
+    else:
+        forward = Tiling(rows=64, tiles=16, warps=4, stages=1, registers=128)
+        backward = Tiling(rows=64, tiles=64, warps=4, stages=2)
+    shape = {
+        "group": group,
+        "block": block,
+        "key_width": query.shape[-1],
+        "value_width": value.shape[-1],
+        "dtype": str(query.dtype),
+    }
     return (
-        Tiling(rows=64, tiles=16, warps=4, stages=1, registers=128),
-        Tiling(rows=64, tiles=64, warps=4, stages=2),
+        tuning.choose("block_sparse_forward", shape, forward),
+        tuning.choose("block_sparse_backward", shape, backward),
     )
 
 
@@ -149,17 +167,17 @@ def forward(
     block = kernel_block(query, value, block_size)
     lists = split_blocks(lists, block_size // block)
     width = max(query.shape[-1], value.shape[-1])
-    blocks = triton.cdiv(key.shape[1], block)
-    pairs = sort_pairs(
-        lists, key.shape[1], block, *portions(query, lists.shape, width, blocks)
-    )
+    pairs = sort_pairs(lists, key.shape[1], block, *portions(query, lists.shape, width))
     parts, chunks = pairs.live.shape[:2]
-    tiling, _ = tilings(query, value)
-    launch = _Launch(query, value, pairs, segment_ids, block, tiling)
+    launch = _Launch(query, value, pairs, segment_ids, block, _FORWARD)
     partial_shape = (*pairs.live.shape[2:], launch.group)
 
-    def chunk(_, chunk):
-        pairs, units = chunk
+    every = jax.tree.map(
+        lambda x: x.reshape(parts * chunks, *x.shape[2:]), (pairs, launch.units)
+    )
+
+    def chunk(index, results):
+        pairs, units = jax.tree.map(lambda x: x[index], every)
         partial_out, partial_lse = launch(
             _forward_kernel,
             (query, key, value),
@@ -182,15 +200,20 @@ def forward(
         weights /= jnp.where(total > 0, total, 1)
         partial_out = jnp.where(live[..., None], partial_out.astype(jnp.float32), 0)
         out = jnp.sum(partial_out * weights[..., None], axis=-3)
-        return None, (out.astype(value.dtype), (peak + jnp.log(total)).squeeze(-2))
+        lse = (peak + jnp.log(total)).squeeze(-2)
+        return [
+            _put_chunk(x, mine, index // chunks, index % chunks)
+            for x, mine in zip(results, (out.astype(value.dtype), lse), strict=True)
+        ]
 
-    every = jax.tree.map(
-        lambda x: x.reshape(parts * chunks, *x.shape[2:]), (pairs, launch.units)
-    )
-    _, results = jax.lax.scan(chunk, None, every)
-    out, lse = (x.reshape(parts, chunks, *x.shape[1:]) for x in results)
-    out = _join_chunks(out, (*query.shape[:3], launch.value_width), key.shape[2])
-    return out, _join_chunks(lse, query.shape[:3], key.shape[2]), pairs
+    results = [
+        launch.empty_rows(pairs, (launch.value_width,), value.dtype),
+        launch.empty_rows(pairs, (), jnp.float32),
+    ]
+    results = _triton.vary_like(results, (query, key, value, lists))
+    out, lse = jax.lax.fori_loop(0, parts * chunks, chunk, results)
+    out = _join_heads(out, (*query.shape[:3], launch.value_width), key.shape[2])
+    return out, _join_heads(lse, query.shape[:3], key.shape[2]), pairs
 
 
 def backward(
@@ -209,8 +232,7 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of forward's output and log-sum-exp for query, key and value."""
     block = kernel_block(query, value, block_size)
-    _, tiling = tilings(query, value)
-    launch = _Launch(query, value, pairs, segment_ids, block, tiling)
+    launch = _Launch(query, value, pairs, segment_ids, block, _BACKWARD)
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
     # The kernel sees the gradient as rounded to its dtype: delta has to be of that one,
@@ -221,9 +243,12 @@ def backward(
     partial_shape = (*pairs.live.shape[2:], launch.group, launch.key_width)
     unit_shape = (*launch.units.blocks.shape[2:], block)
     sum_shape = (pairs.starts.shape[2], launch.blocks, block)
+    parts, chunks = pairs.live.shape[:2]
+    every = pairs, launch.units
 
-    def chunk(sums, chunk):
-        pairs, units = chunk
+    def chunk(part, index, carry):
+        query_gradient, sums = carry
+        pairs, units = jax.tree.map(lambda x: x[part, index], every)
         partial_query, partial_key, partial_value = launch(
             _backward_kernel,
             (query, key, value, out_gradient, lse, delta),
@@ -240,24 +265,28 @@ def backward(
         partial_query = jnp.where(
             pairs.live[..., None, None], partial_query.astype(jnp.float32), 0
         )
-        query_gradient = jnp.sum(partial_query, axis=-3)
+        partial_query = jnp.sum(partial_query, axis=-3).astype(query.dtype)
         sums = [
             _add_units(x, partial, units.starts)
             for x, partial in zip(sums, (partial_key, partial_value), strict=True)
         ]
-        return sums, query_gradient.astype(query.dtype)
+        return _put_chunk(query_gradient, partial_query, part, index), sums
 
     zeros = [
         jnp.zeros((*sum_shape, width), jnp.float32)
         for width in (launch.key_width, launch.value_width)
     ]
-    zeros = _triton.vary_like(zeros, (query, key, value, out_gradient))
+    query_gradient = launch.empty_rows(pairs, (launch.key_width,), query.dtype)
+    query_gradient, *zeros = _triton.vary_like(
+        [query_gradient, *zeros], (query, key, value, out_gradient)
+    )
 
-    def portion(_, portion):
-        return None, jax.lax.scan(chunk, zeros, portion)
+    def portion(query_gradient, part):
+        mine = functools.partial(chunk, part)
+        return jax.lax.fori_loop(0, chunks, mine, (query_gradient, zeros))
 
-    _, ((key_gradient, value_gradient), query_gradient) = jax.lax.scan(
-        portion, None, (pairs, launch.units)
+    query_gradient, (key_gradient, value_gradient) = jax.lax.scan(
+        portion, query_gradient, jnp.arange(parts)
     )
 
     def join_blocks(x, like):  # [D, M, blocks, block, W] -> [B, S, K, W]
@@ -266,18 +295,23 @@ def backward(
         return jnp.moveaxis(x, 1, 2).astype(like.dtype)
 
     return (
-        _join_chunks(query_gradient, query.shape, key.shape[2]),
+        _join_heads(query_gradient, query.shape, key.shape[2]),
         join_blocks(scale * key_gradient, key),
         join_blocks(value_gradient, value),
     )
 
 
-def _join_chunks(x, shape, kv_heads):
-    """[D, C, L, M, R, G, ...] -> shape [B, T, N, ...]."""
+def _put_chunk(rows, chunk, part, index):
+    """Writes a chunk [L, M, ..] of a portion to its place among rows [C L, B K, ..]."""
+    start = index * chunk.shape[0], part * chunk.shape[1], *[0] * (chunk.ndim - 2)
+    return jax.lax.dynamic_update_slice(rows, chunk, start)
+
+
+def _join_heads(rows, shape, kv_heads):
+    """[C L, B K, R, G, ..] -> shape [B, T, N, ..]."""
     b, t = shape[:2]
-    x = x.reshape(x.shape[0], -1, *x.shape[3:])[:, :t]  # [D, T, M, ...]
-    x = jnp.moveaxis(x, 0, 1).reshape(t, b, kv_heads, *x.shape[3:])
-    return jnp.moveaxis(x, 1, 0).reshape(shape)
+    rows = rows[:t].reshape(t, b, kv_heads, *rows.shape[2:])
+    return jnp.moveaxis(rows, 1, 0).reshape(shape)
 
 
 def _add_units(sums, partials, starts):
@@ -303,19 +337,26 @@ def _add_units(sums, partials, starts):
 class _Launch:
     """What the launches of one kernel share: one for each chunk of each portion."""
 
-    def __init__(self, query, value, pairs, segment_ids, block, tiling):
+    def __init__(self, query, value, pairs, segment_ids, block, direction):
         self.queries, heads, self.key_width = query.shape[1:]
         self.keys, self.kv_heads, self.value_width = value.shape[1:]
         self.lists, self.slots = pairs.live.shape[4:]
         self.group = heads // (self.kv_heads * self.lists)
         self.blocks = pairs.starts.shape[-1] - 1
         self.block = block
-        self.tiling = tiling
-        self.units = split_units(pairs, tiling.tiles * (tiling.rows // self.group))
+        self.tiling = tilings(query, value, block, self.group)[direction]
+        unit = self.tiling.tiles * (self.tiling.rows // self.group)
+        self.units = split_units(pairs, unit)
         self.packed = segment_ids is not None
         if segment_ids is None:
             segment_ids = jnp.zeros((1, 1), jnp.int32)
         self.segment_ids = segment_ids.astype(jnp.int32)
+
+    def empty_rows(self, pairs, widths, dtype):
+        """What _put_chunk fills: an array [C L, B K, R, G, *widths]."""
+        parts, chunks, length, rows, lists, _ = pairs.live.shape
+        shape = chunks * length, parts * rows, lists, self.group, *widths
+        return jnp.empty(shape, dtype)
 
     def __call__(self, kernel, arrays, pairs, units, *, outputs, scale, width):
         """Launches the kernel on one chunk, a program for each unit of each kv head.
@@ -364,37 +405,12 @@ class _Launch:
 
 
 @triton.jit
-def _load_rows(pointer, row, live, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Rows of an array [.., WIDTH]: a tile [rows, PADDED], 0 where there is nothing."""
-    column = tl.arange(0, PADDED)
-    return tl.load(
-        pointer + row[:, None] * WIDTH + column[None, :],
-        mask=live[:, None] & (column < WIDTH)[None, :],
-        other=0.0,
-    )
-
-
-@triton.jit
-def _store_rows(pointer, row, live, tile, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Writes what _load_rows reads, in the array's dtype."""
-    column = tl.arange(0, PADDED)
-    tl.store(
-        pointer + row[:, None] * WIDTH + column[None, :],
-        tile.to(pointer.dtype.element_ty),
-        mask=live[:, None] & (column < WIDTH)[None, :],
-    )
-
-
-@triton.jit
 def _load_pairs(
     pairs_ptr,  # [P], of this chunk and kv head
     start,
     last,
-    first_token,
     kv_row,
-    batch,
     kv_head,
-    queries,
     KV_HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -403,8 +419,8 @@ def _load_pairs(
 ):
     """Where the rows of a tile come from and go to.
 
-    Returns which of them hold anything, their query, their row in arrays [B, T, N, ..]
-    and their row in partial results [L, M, R, n, G, ..].
+    Returns which of them hold anything, their query, counted from the chunk's first,
+    their row in arrays [L, N, ..] and their row in partial results [L, M, R, n, G, ..].
     """
     row = tl.arange(0, ROWS)
     index = start + row // GROUP
@@ -413,12 +429,10 @@ def _load_pairs(
     entry = pair // SLOTS
     token = entry // LISTS
     member = entry % LISTS
-    query = first_token + token
-    source = (batch * queries + query).to(tl.int64) * (KV_HEADS * LISTS * GROUP)
-    source += (kv_head * LISTS + member) * GROUP + row % GROUP
-    target = (token.to(tl.int64) * tl.num_programs(1) + kv_row) * LISTS + member
+    source = ((token * KV_HEADS + kv_head) * LISTS + member) * GROUP + row % GROUP
+    target = (token * tl.num_programs(1) + kv_row) * LISTS + member
     target = target * SLOTS + pair % SLOTS
-    return live, query, source, target * GROUP + row % GROUP
+    return live, token, source, target * GROUP + row % GROUP
 
 
 @triton.jit
@@ -461,7 +475,10 @@ def _forward_kernel(
     last = tl.load(unit_lasts_ptr + unit)
     batch = (tl.load(firsts_ptr) + kv_row) // KV_HEADS
     kv_head = (tl.load(firsts_ptr) + kv_row) % KV_HEADS
+    # Queries of the chunk, so that offsets from here on fit 32 bits.
     first_token = tl.load(firsts_ptr + 1)
+    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
+    query_ptr += first_row * H
     position = block * BLOCK + tl.arange(0, BLOCK)
     exists = position < keys
     key_row = (batch * keys + position).to(tl.int64) * KV_HEADS + kv_head
@@ -471,17 +488,17 @@ def _forward_kernel(
     if PACKED:
         key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
     pairs_ptr += kv_row.to(tl.int64) * pairs
+    # Pairs are in order of the query: whether the first one sees the whole block.
+    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
+    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
 
     for start in range(first, last, ROWS // GROUP):
         live, token, source, target = _load_pairs(
             pairs_ptr,
             start,
             last,
-            first_token,
             kv_row,
-            batch,
             kv_head,
-            queries,
             KV_HEADS,
             LISTS,
             SLOTS,
@@ -489,19 +506,20 @@ def _forward_kernel(
             ROWS,
         )
         query = _load_rows(query_ptr, source, live, H, H_PAD)  # [ROWS, H]
-        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3") * scale_log2
-        query_position = token + keys - queries
-        seen = exists[None, :] & (position[None, :] <= query_position[:, None])
-        if PACKED:
-            segment = tl.load(segment_ptr + query_position, mask=live, other=0)
-            seen &= key_segment[None, :] == segment[:, None]
-        logits = tl.where(seen, logits, -float("inf"))  # [ROWS, BLOCK]
-        peak = tl.max(logits, axis=1)
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        if masked:
+            query_position = first_token + token + keys - queries
+            seen = exists[None, :] & (position[None, :] <= query_position[:, None])
+            if PACKED:
+                segment = tl.load(segment_ptr + query_position, mask=live, other=0)
+                seen &= key_segment[None, :] == segment[:, None]
+            logits = tl.where(seen, logits, -float("inf"))  # [ROWS, BLOCK]
+        peak = tl.max(logits, axis=1) * scale_log2
         peak = tl.where(peak == -float("inf"), 0.0, peak)
-        weights = tl.exp2(logits - peak[:, None])
+        weights = tl.exp2(logits * scale_log2 - peak[:, None])
         total = tl.sum(weights, axis=1)
         out = tl.dot(weights.to(value.dtype), value, input_precision="tf32x3")
-        out = out / tl.where(total == 0.0, 1.0, total)[:, None]
+        out *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
         _store_rows(partial_out_ptr, target, live, out, V, V_PAD)
         # log2(0) = -inf where nothing is seen; times log(2) for the natural logarithm.
         lse = (peak + tl.log2(total)) * 0.6931471805599453
@@ -552,7 +570,13 @@ def _backward_kernel(
     last = tl.load(unit_lasts_ptr + unit)
     batch = (tl.load(firsts_ptr) + kv_row) // KV_HEADS
     kv_head = (tl.load(firsts_ptr) + kv_row) % KV_HEADS
+    # Queries of the chunk, so that offsets from here on fit 32 bits.
     first_token = tl.load(firsts_ptr + 1)
+    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
+    query_ptr += first_row * H
+    out_gradient_ptr += first_row * V
+    lse_ptr += first_row
+    delta_ptr += first_row
     slot = tl.arange(0, BLOCK)
     position = block * BLOCK + slot
     exists = position < keys
@@ -563,6 +587,8 @@ def _backward_kernel(
     if PACKED:
         key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
     pairs_ptr += kv_row.to(tl.int64) * pairs
+    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
+    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
     key_gradient = tl.zeros([BLOCK, H_PAD], tl.float32)
     value_gradient = tl.zeros([BLOCK, V_PAD], tl.float32)
 
@@ -571,11 +597,8 @@ def _backward_kernel(
             pairs_ptr,
             start,
             last,
-            first_token,
             kv_row,
-            batch,
             kv_head,
-            queries,
             KV_HEADS,
             LISTS,
             SLOTS,
@@ -588,14 +611,15 @@ def _backward_kernel(
         delta = tl.load(delta_ptr + source, mask=live, other=0.0)
         # Transposed: weights and gradient then enter the products for key and value
         # from registers.
-        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3") * scale_log2
-        query_position = token + keys - queries
-        seen = exists[:, None] & (position[:, None] <= query_position[None, :])
-        if PACKED:
-            segment = tl.load(segment_ptr + query_position, mask=live, other=0)
-            seen &= key_segment[:, None] == segment[None, :]
-        logits = tl.where(seen, logits, -float("inf"))  # [BLOCK, ROWS]
-        weights = tl.exp2(logits - lse[None, :])
+        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
+        if masked:
+            query_position = first_token + token + keys - queries
+            seen = exists[:, None] & (position[:, None] <= query_position[None, :])
+            if PACKED:
+                segment = tl.load(segment_ptr + query_position, mask=live, other=0)
+                seen &= key_segment[:, None] == segment[None, :]
+            logits = tl.where(seen, logits, -float("inf"))  # [BLOCK, ROWS]
+        weights = tl.exp2(logits * scale_log2 - lse[None, :])
         value_gradient = tl.dot(
             weights.to(value.dtype),
             out_gradient,

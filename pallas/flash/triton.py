@@ -359,14 +359,11 @@ class _Launch:
         if document_starts is None:
             document_starts = jnp.zeros((1, 1), jnp.int32)
         self.document_starts = document_starts
+        # No length, so that what was measured at one serves all.
         self.shape: dict[str, int | str] = {
-            "B": self.batch,
-            "T": self.queries,
-            "N": heads,
-            "K": self.kv_heads,
-            "H": self.key_width,
-            "V": self.value_width,
-            "M": self.keys,
+            "group": self.group,
+            "key_width": self.key_width,
+            "value_width": self.value_width,
             "stride": visibility.stride,
             "window": visibility.window or 0,
             "dtype": str(query.dtype),

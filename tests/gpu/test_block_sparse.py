@@ -35,7 +35,7 @@ CASES = {
     "packed": dict(t=1000, g=16, b=2, packed=True),
     "queries end the keys": dict(t=100, s=1000, g=3),
     "a list for each head": dict(t=257, g=4, per_head=True),
-    "several chunks": dict(t=1000, g=4, partial_bytes=2**20),
+    "several chunks": dict(t=1000, g=4, partial_bytes=2**18),
     "several portions": dict(t=1000, g=4, k=8, partial_bytes=2**22),
 }
 

@@ -25,7 +25,7 @@ CASES = {
     "packed, queries end the keys": dict(b=2, t=20, s=43, packed=True),
     "blocks of several kernel blocks": dict(b=1, t=111, k=1, n=2, block_size=48),
     "in chunks": dict(b=2, t=33, packed=True, chunk=8),
-    "in portions and chunks": dict(b=2, t=33, chunk=3, min_block_rows=2**20),
+    "in portions": dict(b=2, t=33, chunk=33),
 }
 
 
@@ -75,7 +75,6 @@ def xla_form(indices, block_size=16, segment_ids=None):
 def test_equals_the_jnp_form(monkeypatch, case):
     sizes = dict(CASES[case])
     packed, chunk = sizes.pop("packed", False), sizes.pop("chunk", None)
-    monkeypatch.setattr(pairs, "MIN_BLOCK_ROWS", sizes.pop("min_block_rows", 1))
     *arrays, indices = inputs(**sizes)
     b, s = arrays[1].shape[:2]
     options = {
@@ -83,8 +82,9 @@ def test_equals_the_jnp_form(monkeypatch, case):
         "segment_ids": documents(s // 3, s - s // 3, batch=b) if packed else None,
     }
     if chunk is not None:
-        query_bytes = arrays[0][:, 0].size * indices.shape[-1] * 4
-        monkeypatch.setattr(pairs, "PARTIAL_BYTES", chunk * query_bytes)
+        rows = arrays[0].shape[2] // arrays[1].shape[2] * indices.shape[-1]
+        row_bytes = 4 * arrays[0].shape[-1]
+        monkeypatch.setattr(pairs, "PARTIAL_BYTES", chunk * rows * row_bytes)
     actual = kernel_form(indices, **options)(*arrays)
     expected = xla_form(indices, **options)(*arrays)
     jax.tree.map(assert_equal_up_to_rounding, actual, expected)
@@ -94,7 +94,7 @@ def test_a_long_row_is_split_and_added_up():
     # Every query chooses block 0 twice; it has several units of work.
     *arrays, indices = inputs(t=70, k=1, g=32, n=2)
     indices = jnp.zeros_like(indices)
-    forward, backward = kernel.tilings(arrays[0], arrays[2])
+    forward, backward = kernel.tilings(arrays[0], arrays[2], 16, 32)
     unit = max(x.tiles * (x.rows // 32) for x in (forward, backward))
     assert arrays[0].shape[1] > 2 * unit
     actual = kernel_form(indices)(*arrays)
@@ -173,6 +173,7 @@ def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
         ({"query": (2, 9, 4, 300), "key": (2, 9, 2, 300)}, "at most 256 wide, not 300"),
         ({"query": (2, 9, 128, 8)}, "at most 32 query heads may share a list, not 64"),
         ({"dtype": jnp.float64}, "must all be bf16, fp16 or fp32, not float64"),
+        ({"scale": -0.5}, "scale must be positive, not -0.5"),
         ({"indices": (2, 9, 2, 0)}, "an array is empty"),
         ({"indices": (2, 9, 2, 2**26)}, "32 bits"),
     ],
@@ -186,5 +187,6 @@ def test_says_what_it_does_not_support(monkeypatch, changes, reason):
         for name, shape in shapes.items()
     ]
     indices = jax.ShapeDtypeStruct(changes.get("indices", (2, 9, 2, 3)), jnp.int32)
-    actual = unsupported(*arrays, indices, changes.get("block_size", 64))
+    block_size, scale = changes.get("block_size", 64), changes.get("scale", 0.5)
+    actual = unsupported(*arrays, indices, block_size, scale)
     assert actual == reason or reason in actual

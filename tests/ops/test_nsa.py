@@ -20,7 +20,7 @@ from tests.support import (
     temporary_bytes,
 )
 
-SIZES = {"kernel_size": 4, "stride": 2, "block_size": 8, "num_blocks": 4}
+SIZES = {"kernel_size": 4, "stride": 2, "block_size": 4, "num_blocks": 4}
 WINDOWS = {"kernel_size": 4, "stride": 2}
 
 
@@ -327,10 +327,11 @@ def test_forced_blocks_are_there_and_counted_once():
     for t in range(64):
         (mine,) = blocks[0, t]
         valid = mine[mine >= 0]
-        assert len(valid) == min(4, t // 8 + 1)
+        own = t // SIZES["block_size"]
+        assert len(valid) == min(4, own + 1)
         assert np.all(np.diff(valid) > 0)
-        assert set(valid) >= {0, t // 8, max(0, t // 8 - 1)}
-        assert valid[-1] == t // 8
+        assert set(valid) >= {0, own, max(0, own - 1)}
+        assert valid[-1] == own
         np.testing.assert_array_equal(mine[len(valid) :], -1)
 
 
@@ -351,15 +352,6 @@ def test_visible_blocks_of_score_zero_come_before_invisible_ones():
     )
     np.testing.assert_array_equal(blocks[0, 39, 0], [0, 1, 2, 3, 4, 6, 8, 9])
     np.testing.assert_array_equal(blocks[0, 27, 0], [0, 1, 2, 3, 4, 5, 6, -1])
-
-
-def test_as_many_blocks_as_there_are_make_the_selected_branch_dense():
-    query, k1, v1, k2, v2, k3, v3, gates = raw_inputs(t=30)
-    only_selected = jnp.zeros_like(gates).at[..., 1].set(1)
-    function = full(num_blocks=16)
-    out, _, blocks = function(query, k1, v1, k2, v2, k3, v3, only_selected)
-    assert blocks.shape == (2, 30, 2, 16)
-    assert_equal_up_to_rounding(out, jattn.dense_attention(query, k2, v2))
 
 
 @pytest.mark.parametrize("heads", [2, 4])
@@ -459,7 +451,7 @@ def test_packed_documents_equal_documents_alone():
         alone = function(*(x[:, start:stop] for x in arguments))
         assert_equal_up_to_rounding(out[:, start:stop], alone[0])
         assert_equal_up_to_rounding(lse[:, start:stop], alone[1])
-        moved = jnp.where(alone[2] < 0, -1, alone[2] + start // 8)
+        moved = jnp.where(alone[2] < 0, -1, alone[2] + start // SIZES["block_size"])
         np.testing.assert_array_equal(blocks[:, start:stop], moved)
 
 
@@ -488,6 +480,20 @@ def test_long_sequences_do_not_build_a_square():
     assert needed < heads * length**2 * 4 / 10
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_reading_every_block_is_dense_attention(packed):
+    arguments = raw_inputs(t=21)
+    options = {"num_blocks": 6}  # as many as 21 tokens have
+    if packed:
+        options["segment_ids"] = documents(8, 13, batch=2)
+    out, lse, blocks = full(**options)(*arguments)
+    key_cmp = jattn.nsa_windows(arguments[1], **WINDOWS).mean(axis=2)
+    chosen = jattn.nsa_select_blocks(arguments[0], key_cmp, **SIZES | options)
+    np.testing.assert_array_equal(blocks, chosen)
+    expected = full(**options, block_indices=chosen)(*arguments)
+    chex.assert_trees_all_close((out, lse), expected[:2], rtol=1e-5, atol=1e-6)
+
+
 def test_transformations_agree():
     arguments = raw_inputs(t=17)
     jitted = jax.jit(attend)(*arguments)
@@ -509,7 +515,7 @@ def test_transformations_agree():
         ({"num_initial": -1}, ValueError, "num_initial must be an integer >= 0"),
         ({"window_size": 0}, ValueError, "window_size must be a positive integer"),
         ({"implementation": "cuda"}, ValueError, "implementation must be"),
-        ({"implementation": "pallas"}, NotImplementedError, "native_sparse_attention"),
+        ({"implementation": "pallas"}, NotImplementedError, "compressed_attention"),
         ({"segment_ids": jnp.zeros((2, 3), jnp.int32)}, ValueError, "segment_ids"),
         ({"block_indices": jnp.zeros((2, 21, 3, 1), int)}, ValueError, "block_indices"),
     ],

@@ -1,0 +1,54 @@
+"""Choosing blocks of keys on a GPU: what its kernels support."""
+
+import jax
+import jax.numpy as jnp
+
+from jattn.pallas import _triton
+
+MAX_WIDTH = 256
+MAX_GROUP = 64
+MAX_CELLS = 64
+MAX_BLOCKS = 16384
+
+
+def unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    lists: int,
+    blocks: int,
+    cells: int = 1,
+    scale: float = 1.0,
+) -> str | None:
+    """Why the Triton kernels do not support a call, or None.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, M, K, H], compressed or mean keys.
+      lists: Lists of blocks for each query: K or N.
+      blocks: Blocks to choose from.
+      cells: Windows that start in a block.
+      scale: Factor of the logits.
+    """
+    if (reason := _triton.unavailable(90)) is not None:
+        return reason
+    if query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"query must be bf16, fp16 or fp32, not {query.dtype}"
+    if key.dtype not in (query.dtype, jnp.float32):
+        return f"keys must be {query.dtype} or fp32 as query is, not {key.dtype}"
+    if query.shape[-1] > MAX_WIDTH:
+        return f"heads may be at most {MAX_WIDTH} wide, not {query.shape[-1]}"
+    group = query.shape[2] // key.shape[2]
+    if group > MAX_GROUP:
+        return f"at most {MAX_GROUP} query heads may share a kv head, not {group}"
+    if cells > MAX_CELLS:
+        return f"a block may be at most {MAX_CELLS} strides long, not {cells}"
+    if blocks > MAX_BLOCKS:
+        return f"there may be at most {MAX_BLOCKS} blocks, not {blocks}"
+    if scale <= 0:
+        return f"scale must be positive, not {scale}"
+    if 0 in query.shape + key.shape:
+        return "an array is empty"
+    if query.shape[0] * lists >= 2**16:
+        return "a grid has fewer than 65536 rows of programs"
+    return None

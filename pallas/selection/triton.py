@@ -1,0 +1,392 @@
+"""Choosing blocks of keys by score in Triton, without ever holding all scores.
+
+Queries go through in chunks. One kernel writes the scores that the queries of a chunk
+give to blocks, and a second one finds each query's best. Scores of blocks in the future
+or in another document are neither computed, but where they share a tile with others,
+nor read.
+
+Letters: B batch, T queries, N query heads, K kv heads, H key width, R lists of blocks
+for each query (K or N), G = N / K; M compressed keys, n blocks in a list, L queries in
+a chunk, P planes of W scores.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+
+from jattn.pallas import _triton, tuning
+from jattn.pallas.selection import kernels
+
+LOG2_E = math.log2(math.e)
+
+# Bound on the scores of one chunk.
+SCORE_BYTES = 256 * 2**20
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut up: speed, never results.
+
+    Attributes:
+      rows: Queries of a tile, times heads where these are packed.
+      columns: Keys of a tile.
+      warps: Warps of a program.
+      stages: Tiles in flight.
+      registers: What a thread may use at most, or None for no limit.
+    """
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class RowTiling:
+    """How the search for the best blocks is cut up: speed, never results.
+
+    Attributes:
+      rows: Lists that a program makes.
+      warps: Warps of a program.
+    """
+
+    rows: int
+    warps: int
+
+
+def nsa_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    lse: jax.Array | None,
+    document_starts: jax.Array | None,
+    *,
+    length: int,
+    kernel_size: int,
+    stride: int,
+    block_size: int,
+    num_blocks: int,
+    num_initial: int,
+    num_local: int,
+    scale: float,
+) -> jax.Array:
+    """Blocks by the attention that the windows in them get. Not differentiated.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, M, K, H], compressed.
+      lse: fp32 [B, T, N], natural log-sum-exp of the logits; computed if None.
+      document_starts: int [B, T], the first position of each query's document; None
+        for one document.
+      length: Tokens of the sequence, of which the queries are the last T.
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows, a divisor of the other sizes.
+      block_size: Tokens in a block, at least kernel_size.
+      num_blocks: Blocks to choose, at least num_initial + num_local.
+      num_initial: Blocks always chosen at the document's start.
+      num_local: Blocks always chosen at the query.
+      scale: Factor of the logits.
+
+    Returns:
+      int32 [B, T, K, num_blocks], ascending, -1 last.
+    """
+    query, key, lse = jax.lax.stop_gradient((query, key, lse))
+    kv_heads = key.shape[2]
+    windows: dict[str, Any] = {"KERNEL": kernel_size, "STRIDE": stride}
+    starts = _document_starts(document_starts)
+    scale_log2 = float(scale) * LOG2_E
+    if lse is None:
+        lse = _log_sum_exp(
+            query, key, starts, length=length, scale_log2=scale_log2, **windows
+        )
+    else:
+        lse = jnp.moveaxis(lse, 1, 2) * LOG2_E  # [B, N, T], in base 2
+    cells = block_size // stride
+    slots = triton.next_power_of_2(cells)
+    # Three programs fit on a multiprocessor: while some take products, others take
+    # exponentials.
+    tiling = Tiling(rows=64, columns=128, warps=4, stages=2, registers=168)
+    tiling = _tiling("selection_scores", query, key, tiling)
+    tile_blocks = max(1, tiling.columns // slots)
+    tiles = triton.cdiv(triton.cdiv(length, block_size), tile_blocks)
+    width = _padded(tiles * tile_blocks)
+    # A window may reach into the next block.
+    planes = 1 if kernel_size == stride else 2
+
+    def scores(first, rows):
+        b, t, n, h = query.shape
+        [out] = _triton.call(
+            kernels.block_scores_kernel,
+            query,
+            key,
+            lse,
+            starts.array,
+            first,
+            scale_log2,
+            t,
+            key.shape[1],
+            length,
+            rows,
+            outputs=[
+                jax.ShapeDtypeStruct((b, kv_heads, rows, planes, width), jnp.float32)
+            ],
+            grid=(tiles * triton.cdiv(rows, tiling.rows), b * kv_heads),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            max_registers=tiling.registers,
+            flops=2 * b * rows * key.shape[1] * n * h,
+            KV_HEADS=kv_heads,
+            GROUP=n // kv_heads,
+            **_widths(h),
+            **windows,
+            CELLS=cells,
+            SLOTS=slots,
+            PLANES=planes,
+            WIDTH=width,
+            TILES=tiles,
+            ROWS=tiling.rows,
+            COLUMNS=tile_blocks * slots,
+            PACKED=starts.packed,
+        )
+        return out
+
+    return _best_blocks(
+        scores,
+        query,
+        starts,
+        lists=kv_heads,
+        bytes_per_list=4 * planes * width,
+        tile_rows=tiling.rows,
+        length=length,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
+    )
+
+
+def moba_blocks(
+    query: jax.Array,
+    key: jax.Array,
+    document_starts: jax.Array | None,
+    *,
+    length: int,
+    block_size: int,
+    top_k: int,
+) -> jax.Array:
+    """A query's own block and those whose mean keys it likes best. Not differentiated.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, blocks, K, H], the mean keys, in query's dtype or fp32.
+      document_starts: int [B, T], the first position of each query's document; None
+        for one document.
+      length: Tokens of the sequence, of which the queries are the last T.
+      block_size: Tokens in a block.
+      top_k: Blocks to choose, the own one included.
+
+    Returns:
+      int32 [B, T, N, top_k], ascending, -1 last.
+    """
+    query, key = jax.lax.stop_gradient((query, key))
+    starts = _document_starts(document_starts)
+    tiling = Tiling(rows=128, columns=64, warps=8, stages=2)
+    tiling = _tiling("selection_affinities", query, key, tiling)
+    width = _padded(triton.cdiv(key.shape[1], tiling.columns) * tiling.columns)
+
+    def scores(first, rows):
+        b, t, n, h = query.shape
+        [out] = _triton.call(
+            kernels.affinities_kernel,
+            query,
+            key,
+            starts.array,
+            first,
+            t,
+            key.shape[1],
+            length,
+            rows,
+            outputs=[jax.ShapeDtypeStruct((b, n, rows, 1, width), jnp.float32)],
+            grid=(triton.cdiv(rows, tiling.rows), b * n),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            max_registers=tiling.registers,
+            flops=2 * b * rows * key.shape[1] * n * h,
+            KV_HEADS=key.shape[2],
+            GROUP=n // key.shape[2],
+            **_widths(h),
+            BLOCK=block_size,
+            WIDTH=width,
+            ROWS=tiling.rows,
+            COLUMNS=tiling.columns,
+            PACKED=starts.packed,
+        )
+        return out
+
+    return _best_blocks(
+        scores,
+        query,
+        starts,
+        lists=query.shape[2],
+        bytes_per_list=4 * width,
+        tile_rows=tiling.rows,
+        length=length,
+        block_size=block_size,
+        num_blocks=top_k,
+        num_initial=0,
+        num_local=1,
+    )
+
+
+def _log_sum_exp(query, key, starts, *, length, scale_log2, **windows):
+    """Log-sum-exp of the logits in base 2, fp32 [B, N, T]."""
+    b, t, n, h = query.shape
+    kv_heads = key.shape[2]
+    group = n // kv_heads
+    tiling = Tiling(rows=128, columns=128, warps=8, stages=2, registers=128)
+    tiling = _tiling("selection_log_sum_exp", query, key, tiling)
+    [lse] = _triton.call(
+        kernels.log_sum_exp_kernel,
+        query,
+        key,
+        starts.array,
+        scale_log2,
+        t,
+        key.shape[1],
+        length,
+        outputs=[jax.ShapeDtypeStruct((b, n, t), jnp.float32)],
+        grid=(triton.cdiv(t, tiling.rows // group), b * kv_heads),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        max_registers=tiling.registers,
+        flops=2 * b * t * key.shape[1] * n * h,
+        KV_HEADS=kv_heads,
+        GROUP=group,
+        **_widths(h),
+        **windows,
+        ROWS=tiling.rows,
+        COLUMNS=tiling.columns,
+        PACKED=starts.packed,
+    )
+    return lse
+
+
+def _best_blocks(
+    scores: Callable[[jax.Array, int], jax.Array],
+    query: jax.Array,
+    starts: "_Starts",
+    *,
+    lists: int,
+    bytes_per_list: int,
+    tile_rows: int,
+    length: int,
+    block_size: int,
+    num_blocks: int,
+    num_initial: int,
+    num_local: int,
+) -> jax.Array:
+    """Lists int32 [B, T, R, n] of the best blocks, a chunk of queries at a time.
+
+    Args:
+      scores: Of the first query of a chunk, int32 [1], and its length L, gives scores
+        fp32 [B, R, L, P, W] of blocks; with two planes their sum, in which the second
+        one does not count for the first block that a query sees.
+      query: [B, T, N, H].
+      starts: First positions of the queries' documents.
+      lists: R.
+      bytes_per_list: That of scores for one query and list.
+      tile_rows: Queries in a tile of scores.
+      length: Tokens of the sequence.
+      block_size: Tokens in a block.
+      num_blocks: Blocks in a list.
+      num_initial: Blocks always chosen at the document's start.
+      num_local: Blocks always chosen at the query.
+    """
+    b, t = query.shape[:2]
+    rows = min(t, max(1, SCORE_BYTES // (b * lists * bytes_per_list)))
+    if tile_rows < rows < t:
+        rows -= rows % tile_rows
+    columns = triton.next_power_of_2(triton.cdiv(length, block_size))
+    heuristic = RowTiling(max(1, 1024 // columns), min(16, max(1, columns // 1024)))
+    tiling = tuning.choose("selection_best_blocks", {"columns": columns}, heuristic)
+
+    def chunk(_, first):
+        block_scores = scores(first, rows)
+        planes, width = block_scores.shape[3:]
+        [blocks] = _triton.call(
+            kernels.best_blocks_kernel,
+            block_scores,
+            starts.array,
+            first,
+            t,
+            length,
+            rows,
+            outputs=[jax.ShapeDtypeStruct((b, rows, lists, num_blocks), jnp.int32)],
+            grid=(triton.cdiv(rows, tiling.rows), b * lists),
+            num_warps=tiling.warps,
+            LISTS=lists,
+            BLOCK=block_size,
+            NUM_BLOCKS=num_blocks,
+            INITIAL=num_initial,
+            LOCAL=num_local,
+            PLANES=planes,
+            WIDTH=width,
+            ROWS=tiling.rows,
+            COLUMNS=columns,
+            SLOTS=triton.next_power_of_2(num_blocks),
+            PACKED=starts.packed,
+        )
+        return None, blocks
+
+    firsts = jnp.arange(0, t, rows, dtype=jnp.int32)[:, None]
+    _, blocks = jax.lax.scan(chunk, None, firsts)  # [chunks, B, L, R, n]
+    blocks = jnp.moveaxis(blocks, 0, 1)
+    return blocks.reshape(b, -1, lists, num_blocks)[:, :t]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Starts:
+    """First positions of documents, int32 [B, T]; something else if not packed."""
+
+    array: jax.Array
+    packed: bool
+
+
+def _document_starts(document_starts):
+    if document_starts is None:
+        return _Starts(jnp.zeros((1, 1), jnp.int32), packed=False)
+    return _Starts(document_starts.astype(jnp.int32), packed=True)
+
+
+def _tiling(kernel, query, key, heuristic):
+    """The tiling of a kernel of matrix products; the heuristic is for usual heads."""
+    n, h = query.shape[2:]
+    k = key.shape[2]
+    if key.dtype.itemsize > 2:  # takes several times the shared memory and registers
+        columns = 64 if h <= 128 else 32
+        heuristic = Tiling(rows=64, columns=columns, warps=4, stages=1)
+    elif h > 128:
+        heuristic = dataclasses.replace(heuristic, rows=128, warps=8, registers=None)
+    # No length, so that what was measured at one serves all.
+    shape = {"group": n // k, "width": h, "dtype": str(query.dtype)}
+    return tuning.choose(kernel, shape, heuristic)
+
+
+def _padded(width):
+    """Scores in a row of them, for vector loads."""
+    return triton.cdiv(width, 16) * 16
+
+
+def _widths(width) -> dict[str, Any]:
+    """Widths of heads as the kernels take them: a power of two, and the rest."""
+    main = 1 << width.bit_length() - 1
+    tail = max(16, triton.next_power_of_2(width - main)) if width > main else 0
+    # Two products are worth it if they are smaller than one.
+    if main < 16 or main <= tail:
+        main, tail = max(16, triton.next_power_of_2(width)), 0
+    return {"H": width, "H_MAIN": main, "H_TAIL": tail}
