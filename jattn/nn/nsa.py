@@ -12,8 +12,7 @@ from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common, nsa
-from jattn.ops.block_sparse import attend_block_positions
-from jattn.ops.dense import dense_attention
+from jattn.ops.nsa_decode import cached_attention
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -239,94 +238,87 @@ class NativeSparseAttention(nn.Module):
     def _attend_cached(self, query, pairs, gates, compress, positions, lengths, cache):
         """Attention to the cache and the new tokens; the cache with those written."""
         raw, selected, window = pairs
+        one = query.shape[1] == 1
+        length = cache.length + lengths
 
-        def write(function, buffers, new):
-            return jax.tree.map(lambda *x: function(*x, positions), buffers, new)
+        def append(ring, new):
+            """The ring with the new tokens, and what a query may see, in order.
 
+            With one new token that is what the ring then holds, in the ring's order.
+            """
+            if one:
+                ring = caches.write_ring(ring, new, positions)
+                return ring, ring.astype(new.dtype)
+            tokens = caches.after_ring(ring, cache.length, new)
+            # Read first and written afterwards, the ring need not be copied.
+            tokens, new = jax.lax.optimization_barrier((tokens, new))
+            return caches.write_ring(ring, new, positions), tokens
+
+        (tail_key, raw_key), (tail_value, raw_value) = map(append, cache.tail, raw)
+        (ring_key, window_key), (ring_value, window_value) = map(
+            append, cache.window, window
+        )
         written = cache.replace(
-            compressed=self._compress_cached(raw, compress, lengths, cache),
-            tail=write(caches.write_ring, cache.tail, raw),
-            selected=write(caches.write, cache.selected, selected),
-            window=write(caches.write_ring, cache.window, window),
-            length=cache.length + lengths,
+            compressed=self._compress_cached(
+                (raw_key, raw_value), compress, length, cache
+            ),
+            tail=(tail_key, tail_value),
+            selected=jax.tree.map(
+                lambda buffer, new: caches.write(buffer, new, positions),
+                cache.selected,
+                selected,
+            ),
+            window=(ring_key, ring_value),
+            length=length,
         )
-        compressed, selected = jax.tree.map(
-            lambda x: x.astype(query.dtype), (written.compressed, written.selected)
-        )
-        scale = _common.default_scale(None, self.head_dim)
-        sight: dict[str, Any] = {
-            "query_positions": positions,
-            "document_starts": jnp.zeros_like(positions),
-            "scale": scale,
-        }
-        blocks = nsa.select_blocks(
+        out, blocks = cached_attention(
             query,
-            compressed[0],
-            length=selected[0].shape[1],
-            **sight,
+            written.compressed,
+            written.selected,
+            (window_key, window_value),
+            gates,
+            positions=positions,
+            window_end=length if one else cache.length + query.shape[1],
+            ring=one,
+            window_size=self.window_size,
+            scale=_common.default_scale(None, self.head_dim),
+            implementation=self.implementation,
             **self._windows(),
             **self._selection(),
         )
         self.sow("intermediates", "block_indices", blocks)
-        outputs = (
-            nsa.attend_windows(query, *compressed, **sight, **self._windows())[0],
-            attend_block_positions(
-                query,
-                *selected,
-                block_indices=blocks,
-                query_positions=positions,
-                block_size=self.block_size,
-                scale=scale,
-            )[0],
-            self._attend_window(query, window, cache),
-        )
-        return nsa.gated_sum(outputs, gates), written
+        return out, written
 
-    def _compress_cached(self, new, compress, lengths, cache):
-        """The compressed tokens, with those whose last token is among the new ones."""
-        b, t = new[0].shape[:2]
+    def _compress_cached(self, tokens, compress, length, cache):
+        """The compressed tokens, with those whose last token is among the new ones.
+
+        Args:
+          tokens: Keys and values [B, kernel_size + T, K, H or V] in order, the new ones
+            last; or a ring [B, kernel_size, K, H or V] with the one new token.
+          compress: See _compression.
+          length: int32 [B], tokens seen, the new ones counted.
+          cache: Of the tokens before.
+        """
+        b, slots = tokens[0].shape[:2]
         before, after = (
-            nsa.num_windows(length, **self._windows())
-            for length in (cache.length, cache.length + lengths)
+            nsa.num_windows(x, **self._windows()) for x in (cache.length, length)
         )
         # T new tokens complete at most this many windows in any row.
-        count = -(-t // self.stride)
+        count = -(-max(1, slots - self.kernel_size) // self.stride)
         windows = before[:, None] + jnp.arange(count, dtype=jnp.int32)  # [B, count]
         starts = windows * self.stride
-        # The ring and the new tokens after it begin at position length - kernel_size.
-        slots = starts - cache.length[:, None] + self.kernel_size
-        slots = slots[..., None] + jnp.arange(self.kernel_size)
+        places = starts[..., None] + jnp.arange(self.kernel_size)
+        if slots == self.kernel_size:
+            places %= slots
+        else:
+            places += self.kernel_size - cache.length[:, None, None]
         rows = jnp.arange(b)[:, None, None]
-
-        def read(ring, new):  # -> [B, count, kernel_size, K, H or V]
-            tokens = caches.after_ring(ring, cache.length, new)
-            return tokens.at[rows, slots].get(mode="clip")
-
-        tokens = compress(jax.tree.map(read, cache.tail, new), starts)
+        read = jax.tree.map(lambda x: x.at[rows, places].get(mode="clip"), tokens)
         complete = jnp.where(windows < after[:, None], windows, -1)
         return jax.tree.map(
             lambda buffer, new: caches.write(buffer, new, complete),
             cache.compressed,
-            tokens,
-        )
-
-    def _attend_window(self, query, new, cache):
-        """The window branch over the ring and the new tokens after it."""
-        key, value = jax.tree.map(
-            lambda ring, new: caches.after_ring(ring, cache.length, new),
-            cache.window,
-            new,
-        )
-        # Slots before the first token are a document that no query belongs to.
-        capacity = cache.window[0].shape[1]
-        held = jnp.arange(key.shape[1]) >= capacity - cache.length[:, None]
-        return dense_attention(
-            query,
-            key,
-            value,
-            window=self.window_size,
-            segment_ids=held.astype(jnp.int32),
-            implementation=self.implementation,
+            compress(read, starts),
         )
 
     def _compression(self):
