@@ -12,6 +12,8 @@ import functools
 import jattn
 from benchmarks.dense import attention_flops, causal_pairs, cudnn, normal
 from benchmarks.measure import Case
+from benchmarks.ops import Tuning
+from jattn.pallas.selective.triton import Tiling, skipped_tiles
 
 # Far below what bf16 can tell apart.
 SKIP_ERROR = 1e-4
@@ -21,6 +23,61 @@ SHAPES = {
     "32/8, 32k": dict(batch=1, heads=32, kv_heads=8, length=32768, width=128),
     "32/8, 8k": dict(batch=2, heads=32, kv_heads=8, length=8192, width=128),
     "16/16, 1k": dict(batch=16, heads=16, kv_heads=16, length=1024, width=64),
+}
+
+TUNING = {
+    "selective_forward": Tuning(
+        [
+            Tiling(rows=64, keys=64, warps=4, stages=2, heads=2),
+            Tiling(rows=128, keys=32, warps=8, stages=2, heads=2),
+            Tiling(rows=128, keys=32, warps=8, stages=3, heads=2),
+            Tiling(rows=128, keys=64, warps=8, stages=1, heads=2),
+            Tiling(rows=128, keys=64, warps=8, stages=2, heads=1),
+            Tiling(rows=128, keys=64, warps=8, stages=2, heads=2),
+            Tiling(rows=128, keys=64, warps=8, stages=3, heads=1),
+            Tiling(rows=128, keys=128, warps=8, stages=2, heads=1),
+        ],
+        case="jattn",
+        direction="forward",
+    ),
+    "selective_query_gradient": Tuning(
+        [
+            Tiling(rows=64, keys=64, warps=4, stages=2, heads=1),
+            Tiling(rows=64, keys=64, warps=4, stages=2, heads=2),
+            Tiling(rows=128, keys=32, warps=8, stages=3, heads=2),
+            Tiling(rows=128, keys=64, warps=8, stages=1, heads=1),
+            Tiling(rows=128, keys=64, warps=8, stages=2, heads=1),
+            Tiling(rows=128, keys=64, warps=8, stages=2, heads=2),
+            Tiling(rows=128, keys=128, warps=8, stages=1, heads=1),
+        ],
+        case="jattn",
+        direction="backward",
+    ),
+    "selective_key_gradient": Tuning(
+        [
+            Tiling(rows=32, keys=128, warps=8, stages=2, heads=4),
+            Tiling(rows=32, keys=128, warps=8, stages=3, heads=4),
+            Tiling(rows=64, keys=64, warps=4, stages=2, heads=2),
+            Tiling(rows=64, keys=64, warps=4, stages=2, heads=4),
+            Tiling(rows=64, keys=128, warps=8, stages=1, heads=4),
+            Tiling(rows=64, keys=128, warps=8, stages=2, heads=2),
+            Tiling(rows=64, keys=128, warps=8, stages=2, heads=4),
+        ],
+        case="jattn",
+        direction="backward",
+    ),
+    "selective_mask_gradient": Tuning(
+        [
+            Tiling(rows=32, keys=128, warps=8, stages=2),
+            Tiling(rows=32, keys=128, warps=8, stages=3),
+            Tiling(rows=64, keys=64, warps=4, stages=1),
+            Tiling(rows=64, keys=64, warps=4, stages=2),
+            Tiling(rows=64, keys=128, warps=8, stages=1),
+            Tiling(rows=64, keys=128, warps=8, stages=2),
+        ],
+        case="jattn",
+        direction="backward",
+    ),
 }
 
 
@@ -54,8 +111,6 @@ def skipped_share(
     *, batch: int, length: int, heads: int, kv_heads: int, width: int
 ) -> float:
     """The share of the causal tiles of 128 queries and 64 keys that is skipped."""
-    from jattn.pallas.selective.triton import skipped_tiles
-
     query, key = normal((batch, length, heads, width), (batch, length, kv_heads, width))
     skipped, causal = skipped_tiles(query, key, None, width**-0.5, SKIP_ERROR, 64)
     return float(skipped / causal)

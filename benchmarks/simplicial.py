@@ -11,7 +11,7 @@ import jattn
 from benchmarks.dense import cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.pallas.simplicial import backward
+from jattn.pallas.simplicial import backward, mosaic
 from jattn.pallas.simplicial import triton as forward
 
 WINDOWS = (512, 32)
@@ -82,6 +82,21 @@ TUNING = {
         ],
         case="triton",
         direction="forward",
+    ),
+    "simplicial_forward_mosaic": Tuning(
+        [
+            mosaic.Tiling(128, blocks=2, slots=4, few=16, programs=132, turns=False),
+            mosaic.Tiling(128, blocks=2, slots=4, few=32, programs=132),
+            mosaic.Tiling(128, blocks=2, slots=5, few=8, programs=132),
+            mosaic.Tiling(64, blocks=4, slots=10, few=8, programs=132),
+            mosaic.Tiling(256, blocks=1, slots=2, few=16, programs=132),
+            mosaic.Tiling(64, blocks=3, slots=10, few=8, programs=132),
+            mosaic.Tiling(128, blocks=1, slots=4, few=16, programs=132),
+            mosaic.Tiling(128, blocks=1, slots=4, few=16, programs=132, turns=False),
+        ],
+        case="jattn",
+        direction="forward",
+        shapes=[name for name in SHAPES if name.startswith(("64/1,", "128/1,"))],
     ),
     "simplicial_backward_query": Tuning(
         [

@@ -108,8 +108,8 @@ def call(
       outputs: Shapes and dtypes. The kernel has to write every element that anyone
         reads: they start out undefined (NaN, or the lowest integer, on a CPU).
       grid: Number of programs along each axis.
-      updated: Which operands, arrays, the kernel writes to. Their new values come after the
-        outputs; what it does not write stays as it was.
+      updated: Which operands, arrays, the kernel writes to. Their new values come after
+        the outputs; what it does not write stays as it was.
       num_warps: Warps of one program.
       num_stages: Depth of software pipelining.
       max_registers: Registers a thread may have, so that more programs fit on a

@@ -166,6 +166,7 @@ class TwoSimplicialAttention(nn.Module):
             **sets,
             visible=positions + 1,
             scale=_common.default_scale(None, self.head_dim),
+            implementation=self.implementation,
             **options,
         )
         written = {

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
+from jattn.pallas import selective as kernels
 
 
 def selection_mask(
@@ -66,6 +67,7 @@ def selective_attention(
     budget: int | None = None,
     memory_tau: float | None = None,
     initial_mask: jax.Array | None = None,
+    skip_error: float = 0.0,
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
     implementation: _common.Implementation | None = None,
@@ -84,7 +86,12 @@ def selective_attention(
         good, see `selective_eviction`. None to drop none. Needs T = S.
       memory_tau: If given, also return the memory term of every query,
         ``M_i = Σ_{j<=i} (1 - min(F[i,j], tau) / tau)``, see `selective_memory`.
-      initial_mask: [B, S], row F of the first query; needed if T < S.
+      initial_mask: [B, S], row F of the first query; needed if T < S. The first token
+        of a document and keys of the queries given are taken to have 0.
+      skip_error: Part of a query's softmax weight that may be left out, less than 1.
+        A kernel then skips blocks of keys whose F is so large that what they add up
+        to, in any head and for any later query, is less than this part, by the norms
+        of queries and keys. 0 to leave out nothing.
       scale: Factor of the logits; H ** -0.5 if None.
       segment_ids: int [B, S], the document each key belongs to. Documents are
         contiguous and never see each other.
@@ -98,11 +105,10 @@ def selective_attention(
 
     Raises:
       ValueError: Shapes or dtypes do not fit, T < S without an initial_mask or with a
-        budget, or budget or memory_tau is out of range.
+        budget, or budget, memory_tau or skip_error is out of range.
       NotImplementedError: The requested implementation does not support the call.
     """
     sizes = _common.check_attention(query, key, value, segment_ids)
-    _common.choose_implementation("selective_attention", implementation)
     if budget is not None:
         _check_budget(budget)
         if sizes["T"] < sizes["S"]:
@@ -112,16 +118,37 @@ def selective_attention(
             )
     if memory_tau is not None:
         _check_tau(memory_tau)
-    out, lse, memory, _ = attend_positions(
-        query,
-        key,
-        value,
-        _first_row(initial_mask, query, key),
-        scale=_common.default_scale(scale, sizes["H"]),
-        budget=budget,
-        memory_tau=memory_tau,
-        **_token_positions(sizes["B"], sizes["T"], sizes["S"], segment_ids),
+    if not 0 <= skip_error < 1:
+        raise ValueError(f"skip_error must be at least 0 and below 1; got {skip_error}")
+    scale = _common.default_scale(scale, sizes["H"])
+    unsupported = kernels.unsupported(
+        query, key, value, scale=scale, budget=budget, memory_tau=memory_tau
     )
+    chosen = _common.choose_implementation(
+        "selective_attention", implementation, [("triton", unsupported)]
+    )
+    first_row = _first_row(initial_mask, query, key)
+    if chosen == "triton":
+        # Triton is an optional dependency.
+        from jattn.pallas.selective import triton as kernel
+
+        starts = None if segment_ids is None else _common.document_starts(segment_ids)
+        memory = None
+        results: _common.AttentionOutput = kernel.attend(
+            query, key, value, first_row, starts, scale, float(skip_error)
+        )
+        out, lse = results
+    else:
+        out, lse, memory, _ = attend_positions(
+            query,
+            key,
+            value,
+            first_row,
+            scale=scale,
+            budget=budget,
+            memory_tau=memory_tau,
+            **_token_positions(sizes["B"], sizes["T"], sizes["S"], segment_ids),
+        )
     results = (
         out,
         *([lse] if return_lse else []),

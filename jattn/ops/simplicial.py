@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
+from jattn.pallas.simplicial import unsupported, unsupported_mosaic
 
 Form = Literal["trilinear", "determinant"]
 Windows = tuple[int | None, int | None]
@@ -81,23 +82,23 @@ def two_simplicial_attention(
     )
     _common.check_floating(key2=key2, value2=value2)
     check_options(windows, form)
-    _common.choose_implementation("two_simplicial_attention", implementation)
-    t, s = sizes["T"], sizes["S"]
-    visible = jnp.broadcast_to(jnp.arange(1, s + 1), (sizes["B"], s))
+    visible = None
     if segment_ids is not None:
-        visible -= _common.document_starts(segment_ids)
+        visible = jnp.arange(1, sizes["S"] + 1) - _common.document_starts(segment_ids)
+        visible = visible[:, sizes["S"] - sizes["T"] :]
     out, lse = attend_pairs(
         query,
         key,
         value,
         key2,
         value2,
-        visible=visible[:, s - t :],
+        visible=visible,
         windows=windows,
         form=form,
         key2_bias=key2_bias,
         value2_bias=value2_bias,
         scale=_common.default_scale(scale, sizes["H"]),
+        implementation=implementation,
     )
     return (out, lse) if return_lse else out
 
@@ -121,12 +122,13 @@ def attend_pairs(
     key2: jax.Array,
     value2: jax.Array,
     *,
-    visible: jax.Array,
+    visible: jax.Array | None,
     windows: Windows,
     form: Form,
     key2_bias: float,
     value2_bias: float,
     scale: float,
+    implementation: _common.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """2-simplicial attention whose two sets may be of different length.
 
@@ -140,19 +142,18 @@ def attend_pairs(
       key2: [B, S2, K, H], S2 >= T.
       value2: [B, S2, K, V].
       visible: int [B, T], how many keys before and at its own position a query may
-        see at most, whatever the windows; 0 for none.
+        see at most, whatever the windows; 0 for none. None for all there are, of
+        sets of the same length.
       windows: As in two_simplicial_attention, and so are the others.
       form: "trilinear" or "determinant".
       key2_bias: Constant added to key2.
       value2_bias: Constant added to value2.
       scale: Factor of the logits.
+      implementation: As in two_simplicial_attention.
 
     Returns:
       Output [B, T, N, V] and log-sum-exp [B, T, N].
     """
-    b, t, n, _ = query.shape
-    kv_heads, width = value.shape[2:]
-    dtype = _common.statistics_dtype(query, key, value, key2, value2)
     key2, value2 = key2 + key2_bias, value2 + value2_bias
     if form == "determinant":
         query, key, key2 = _determinant_factors(query, key, key2)
@@ -164,6 +165,36 @@ def attend_pairs(
     ]
     sets.sort(key=lambda keys_of_set: keys_of_set[0])
     (few, few_keys, few_values), (many, many_keys, many_values) = sets
+    arrays = (query, few_keys, few_values, many_keys, many_values)
+    chosen = _common.choose_implementation(
+        "two_simplicial_attention",
+        implementation,
+        [
+            (
+                "pallas",
+                unsupported_mosaic(*arrays, many_window=many, scale=scale),
+            ),
+            ("triton", unsupported(*arrays, scale=scale)),
+        ],
+    )
+    if chosen != "xla":
+        # Triton, which gradients need in any case, is an optional dependency.
+        from jattn.pallas.simplicial import mosaic, triton
+
+        return triton.attend(
+            *arrays,
+            visible,
+            few_window=few,
+            many_window=many,
+            scale=scale,
+            forward=mosaic.forward if chosen == "pallas" else None,
+        )
+
+    b, t, n, _ = query.shape
+    kv_heads, width = value.shape[2:]
+    dtype = _common.statistics_dtype(*arrays)
+    if visible is None:
+        visible = jnp.broadcast_to(jnp.arange(1, t + 1) + key.shape[1] - t, (b, t))
 
     # Three arrays like the logits, two like the expanded queries and their outputs.
     per_pair = 3 * (many + TILE) + 2 * query.shape[-1] + 2 * width

@@ -380,7 +380,10 @@ class _Launch:
             return Tiling(rows=64, keys=32, warps=8, stages=1)
         if self.key_width + self.value_width > 320:
             return Tiling(rows=128, keys=64, warps=8, stages=2)
-        return Tiling(rows=128, keys=128, warps=8, stages=2)
+        if self.widest > 128:
+            return Tiling(rows=128, keys=128, warps=8, stages=2)
+        # Two programs on a multiprocessor: one multiplies while the other does not.
+        return Tiling(rows=128, keys=64, warps=4, stages=2)
 
     def query_gradient_tiling(self) -> Tiling:
         """The heuristic one."""
@@ -390,7 +393,9 @@ class _Launch:
             return Tiling(rows=32, keys=16, warps=8, stages=1)
         if self.key_width + self.value_width > 320:
             return Tiling(rows=64, keys=64, warps=4, stages=2)
-        return Tiling(rows=128, keys=64, warps=8, stages=2)
+        if self.widest > 128:
+            return Tiling(rows=128, keys=64, warps=8, stages=2)
+        return Tiling(rows=64, keys=64, warps=4, stages=2)
 
     def key_gradient_tiling(self) -> SplitTiling:
         """The heuristic one, with two to eight waves of units of work.
@@ -404,7 +409,7 @@ class _Launch:
         elif self.widest > 128:
             rows, keys, stages = 32, 128, 2
         else:
-            rows, keys, stages = 64, 128, 2
+            rows, keys, stages = 64, 128, 3
         tiles = self._pairs() * self.group * self.kv_rows // (rows * keys)
         waves = min(max(tiles // (MIN_UNIT_TILES * MULTIPROCESSORS), 2), 8)
         return SplitTiling(

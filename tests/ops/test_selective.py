@@ -472,7 +472,8 @@ def test_wrong_shapes_are_named(changes, message):
             r"initial_mask must have shape \[B=2, S=9\]; got \[2, 8\]",
         ),
         ({"implementation": "cuda"}, ValueError, "implementation must be"),
-        ({"implementation": "triton"}, NotImplementedError, "no such kernel"),
+        ({"implementation": "triton"}, NotImplementedError, "it needs a GPU"),
+        ({"skip_error": 1.0}, ValueError, "skip_error must be at least 0 and below 1"),
         ({"segment_ids": jnp.zeros((2, 3), jnp.int32)}, ValueError, "segment_ids"),
     ],
 )

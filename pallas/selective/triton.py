@@ -1,0 +1,596 @@
+"""Selective Attention in Triton, with F in memory for a chunk at a time.
+
+F is the same for all heads. Column sums of what each block of queries selects, and
+their running sums over the blocks (the carries, T S / BLOCK numbers), let any region of
+F be computed by itself. A scan over chunks of queries writes the chunk's F and attends
+with it in all heads; F and the gradients below take bounded memory.
+
+Backward goes twice through F: by chunks of queries for the query's gradient, and by
+chunks of keys for those of key and value. The gradient of F[i, j] is that of the logits
+summed over heads; one of q_t·k_j of the selecting head is the sum of those over i > t.
+With all queries of a chunk of keys at hand, these sums need nothing from other chunks.
+
+Nothing is added atomically: same input, same bits.
+
+Letters: B batch, T queries, S keys, N query heads, K kv heads, H key width, V value
+width; `rows` and `columns` are T and S rounded up to whole blocks, `blocks` are those
+of queries.
+"""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+
+from jattn.ops._common import document_starts
+from jattn.pallas import _triton, tuning
+from jattn.pallas.selective import kernels
+
+LOG2_E = math.log2(math.e)
+
+# Queries of one carry. Tiles of queries divide it, and so do tiles of keys.
+BLOCK = 128
+
+# What one chunk of F takes at most (but at least that of BLOCK queries or keys).
+CHUNK_BYTES = 64 * 2**20
+
+# Programs that a GPU runs at once, about.
+PROGRAMS = 264
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a kernel is cut up: speed, never results.
+
+    Attributes:
+      rows: Queries of a tile, at most BLOCK.
+      keys: Keys of a tile, at most BLOCK.
+      warps: Warps of a program.
+      stages: Tiles in flight.
+      heads: Query heads of a program, where it has several.
+      registers: What a thread may use at most, or None for no limit.
+    """
+
+    rows: int
+    keys: int
+    warps: int
+    stages: int
+    heads: int = 1
+    registers: int | None = None
+
+
+def tilings(query: jax.Array, value: jax.Array) -> dict[str, Tiling]:
+    """The tilings of the kernels by name."""
+    width = max(query.shape[-1], value.shape[-1])
+    group = query.shape[2] // value.shape[2]
+    if query.dtype.itemsize > 2 or width > 128:
+        keys = 32 if query.dtype.itemsize > 2 else 64
+        return {
+            "mask": Tiling(rows=BLOCK, keys=64, warps=8, stages=1),
+            "forward": Tiling(rows=64, keys=keys, warps=4, stages=1),
+            "query_gradient": Tiling(rows=64, keys=keys, warps=8, stages=1),
+            "key_gradient": Tiling(rows=keys, keys=64, warps=8, stages=1, heads=group),
+            "mask_gradient": Tiling(rows=64, keys=keys, warps=4, stages=1),
+        }
+    if width > 64:
+        return {
+            "mask": Tiling(rows=BLOCK, keys=64, warps=4, stages=1),
+            "forward": Tiling(rows=128, keys=32, warps=8, stages=2, heads=2),
+            "query_gradient": Tiling(rows=128, keys=64, warps=8, stages=2),
+            "key_gradient": Tiling(32, keys=128, warps=8, stages=2, heads=group),
+            "mask_gradient": Tiling(rows=32, keys=128, warps=8, stages=2),
+        }
+    return {
+        "mask": Tiling(rows=BLOCK, keys=64, warps=4, stages=1),
+        "forward": Tiling(rows=128, keys=64, warps=8, stages=2, heads=2),
+        "query_gradient": Tiling(rows=128, keys=64, warps=8, stages=2, heads=2),
+        "key_gradient": Tiling(64, keys=128, warps=8, stages=2, heads=group),
+        "mask_gradient": Tiling(rows=64, keys=128, warps=8, stages=2),
+    }
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    initial_mask: jax.Array,
+    starts: jax.Array | None,
+    scale: float,
+    skip_error: float = 0.0,
+) -> tuple[jax.Array, jax.Array]:
+    """Selective attention, differentiable in all but starts.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      initial_mask: fp32 [B, S], row F of the first query.
+      starts: int32 [B, S], position of the first token of each token's document; None
+        if a row is one document.
+      scale: Factor of the logits, positive.
+      skip_error: Weight of a query's softmax that may be left out.
+
+    Returns:
+      Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32.
+    """
+    arguments = query, key, value, initial_mask, starts, scale, skip_error
+    return _attend_forward(*arguments)[0]
+
+
+def _attend_forward(query, key, value, initial_mask, starts, scale, skip_error):
+    work = _Work(query, key, value, starts, scale, skip_error)
+    carries = work.carries(initial_mask)
+    out, lse = work.forward(carries)
+    return (out, lse), (query, key, value, starts, carries, out, lse)
+
+
+def _attend_backward(scale, skip_error, residuals, gradients):
+    query, key, value, starts, carries, out, lse = residuals
+    work = _Work(query, key, value, starts, scale, skip_error)
+    return *work.backward(carries, out, lse, *gradients), None
+
+
+attend.defvjp(_attend_forward, _attend_backward)
+
+
+def skipped_tiles(
+    query: jax.Array,
+    key: jax.Array,
+    segment_ids: jax.Array | None,
+    scale: float,
+    skip_error: float,
+    keys: int,
+) -> tuple[jax.Array, jax.Array]:
+    """How many tiles of BLOCK queries and so many keys are skipped, and of how many.
+
+    Args:
+      query: [B, T, N, H], of all keys.
+      key: [B, T, K, H].
+      segment_ids: int [B, T] or None. Tiles of other documents do not count as skipped.
+      scale: Factor of the logits.
+      skip_error: As in attend.
+      keys: Those of a tile.
+
+    Returns:
+      Two int32 numbers, the second of all tiles that are visible in part.
+    """
+    starts = None if segment_ids is None else document_starts(segment_ids)
+    work = _Work(query, key, key, starts, scale, skip_error)
+    carries = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
+    first = jnp.arange(work.blocks) * BLOCK
+    tile = jnp.arange(0, work.columns, keys)
+    visible = tile < jnp.minimum(first + BLOCK, work.queries)[:, None]
+    if starts is not None:
+        visible &= tile + keys > starts[:, first, None]
+    visible = jnp.broadcast_to(visible, (work.batch, *visible.shape[-2:]))
+    return jnp.sum(visible & work.dead(carries, keys)), jnp.sum(visible)
+
+
+class _Work:
+    """One call's arrays and sizes, and its launches."""
+
+    def __init__(self, query, key, value, starts, scale, skip_error):
+        self.query, self.key, self.value = query, key, value
+        self.scale = scale
+        self.skip_error = skip_error
+        self.skip = skip_error > 0
+        self.batch, self.queries, self.heads, self.key_width = query.shape
+        self.keys, self.kv_heads, self.value_width = value.shape[1:]
+        self.offset = self.keys - self.queries
+        self.rows = triton.cdiv(self.queries, BLOCK) * BLOCK
+        self.columns = triton.cdiv(self.keys, BLOCK) * BLOCK
+        self.blocks = self.rows // BLOCK
+        self.packed = starts is not None
+        self.starts = jnp.zeros((1, 1), jnp.int32) if starts is None else starts
+        self.tilings = tilings(query, value)
+        # No length, so that what was measured at one serves all.
+        self.shape: dict[str, int | str] = dict(
+            group=self.heads // self.kv_heads,
+            key_width=self.key_width,
+            value_width=self.value_width,
+            dtype=str(query.dtype),
+        )
+        self.key_sizes: dict[str, Any] = dict(
+            KV_HEADS=self.kv_heads, H=self.key_width, H_PAD=_padded(self.key_width)
+        )
+        self.sizes: dict[str, Any] = self.key_sizes | dict(
+            GROUP=self.heads // self.kv_heads,
+            V=self.value_width,
+            V_PAD=_padded(self.value_width),
+            PACKED=self.packed,
+        )
+        self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
+
+    def _tiling(self, name):
+        return tuning.choose(f"selective_{name}", self.shape, self.tilings[name])
+
+    def carries(self, initial_mask):
+        """``F / scale`` of each block's first query, [B, blocks, columns]."""
+        tiling = self._tiling("mask")
+        [sums] = _triton.call(
+            kernels.sums_kernel,
+            self.query,
+            self.key,
+            self.starts,
+            self.queries,
+            self.keys,
+            self.columns,
+            outputs=[self._array(self.batch, self.blocks, self.columns)],
+            grid=(self.columns // tiling.keys, self.blocks, self.batch),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            flops=self._flops(1) // self.heads,
+            HEADS=self.heads,
+            ROWS=BLOCK,
+            KEYS=tiling.keys,
+            PACKED=self.packed,
+            **self.key_sizes,
+        )
+        padding = [(0, 0), (0, self.columns - self.keys)]
+        first = jnp.pad(initial_mask / self.scale, padding)
+        sums = jnp.concatenate([first[:, None], sums[:, :-1]], axis=1)
+        return jnp.cumsum(sums, axis=1)
+
+    def dead(self, carries, keys):
+        """Which tiles of so many keys a block of queries skips.
+
+        A query's own key is never forgotten, so that its weight is at least exp(-U),
+        where U bounds all logits. The weights of S keys with a larger F than the one
+        below sum to less than S exp(U - F), which is the part `skip_error` of that. F
+        never decreases: what a block's first query skips, no later one needs.
+
+        Returns bool [B, blocks, tiles].
+        """
+        square = [
+            jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1)
+            for x in (self.query, self.key)
+        ]
+        square_key = jnp.repeat(square[1], self.heads // self.kv_heads, axis=-1)
+        bound = self.scale * jnp.sqrt(jnp.max(square[0] * square_key, axis=-1))  # [B]
+        least = 2 * bound + math.log(self.keys / self.skip_error)
+        tiles = carries.reshape(*carries.shape[:2], -1, keys)
+        dead = jnp.min(tiles, axis=-1) > (least / self.scale)[:, None, None]
+        first = self.offset + jnp.arange(self.blocks) * BLOCK  # positions
+        end = jnp.arange(keys, self.columns + 1, keys)
+        dead &= end <= first[:, None]
+        if self.packed:
+            dead |= end <= self.starts[:, first, None]
+        return dead
+
+    def forward(self, carries):
+        """Output and log-sum-exp."""
+        chunks, chunk = _chunks(self.rows, self.batch * self.columns)
+        shape = (*self.query.shape[:3], self.value_width)
+        start = (
+            jax.lax.empty(shape, self.value.dtype),
+            jax.lax.empty(shape[:3], jnp.float32),
+        )
+
+        def step(results, first):
+            return self._rows("forward", carries, first, chunk, (), results, 2), None
+
+        return jax.lax.scan(step, self.vary(start), _firsts(chunks, chunk))[0]
+
+    def backward(self, carries, out, lse, out_gradient, lse_gradient):
+        """Gradients of query, key, value and initial_mask."""
+        # The kernels see the gradient as rounded to its dtype: delta has to be of that
+        # one, and not of one that XLA knows in higher precision, for them to cancel.
+        out_gradient = jax.lax.optimization_barrier(out_gradient)
+        delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
+        delta = jnp.sum(delta, axis=-1) - lse_gradient
+        cotangents = out_gradient, lse * LOG2_E, delta
+        query_gradient = self._query_gradient(carries, cotangents)
+        selecting, key_gradient, value_gradient, mask_gradient = self._key_gradients(
+            carries, cotangents
+        )
+        selecting += query_gradient[:, :, 0].astype(jnp.float32)
+        query_gradient = query_gradient.at[:, :, 0].set(
+            selecting.astype(query_gradient.dtype)
+        )
+        return query_gradient, key_gradient, value_gradient, mask_gradient
+
+    def _query_gradient(self, carries, cotangents):
+        """The gradient of query for a given F."""
+        chunks, chunk = _chunks(self.rows, self.batch * self.columns)
+        start = [jax.lax.empty(self.query.shape, self.query.dtype)]
+
+        def step(results, first):
+            return self._rows(
+                "query_gradient", carries, first, chunk, cotangents, results, 3
+            ), None
+
+        return jax.lax.scan(step, self.vary(start), _firsts(chunks, chunk))[0][0]
+
+    def _key_gradients(self, carries, cotangents):
+        """Gradients of the selecting head's query (by F alone), key, value and mask."""
+        chunks, chunk = _chunks(self.columns, self.batch * self.rows)
+        selecting_query = self.query[:, :, 0]
+        padding = [(0, 0), (0, self.columns - self.keys), (0, 0)]
+        selecting_key = jnp.pad(self.key[:, :, 0], padding)
+        product = functools.partial(
+            jnp.einsum,
+            precision=jax.lax.Precision.HIGHEST,
+            preferred_element_type=jnp.float32,
+        )
+
+        def step(selecting, first):
+            region = jnp.stack([jnp.zeros_like(first), first])
+            bias = self._bias(carries, region, self.rows, chunk, transposed=True)
+            key_gradient, value_gradient = self._attention_gradients(
+                carries, bias, region, chunk, cotangents
+            )
+            gradient, mask_gradient = self._selection_gradient(
+                carries, bias, region, chunk, cotangents
+            )
+            gradient = gradient[:, : self.queries]
+            keys = jax.lax.dynamic_slice_in_dim(selecting_key, first, chunk, axis=1)
+            selecting += product("bts,bsh->bth", gradient, keys)
+            selected = product("bts,bth->bsh", gradient, selecting_query)
+            key_gradient = key_gradient.at[:, :, 0].add(selected)
+            return selecting, (
+                key_gradient.astype(self.key.dtype),
+                value_gradient.astype(self.value.dtype),
+                mask_gradient,
+            )
+
+        [zeros] = self.vary([jnp.zeros(selecting_query.shape, jnp.float32)])
+        selecting, gradients = jax.lax.scan(step, zeros, _firsts(chunks, chunk))
+
+        def join(x):  # [chunks, B, chunk, ...] -> [B, S, ...]
+            x = jnp.moveaxis(x, 0, 1)
+            return x.reshape(self.batch, -1, *x.shape[3:])[:, : self.keys]
+
+        return selecting, *(join(x) for x in gradients)
+
+    def _bias(self, carries, region, rows, columns, *, transposed):
+        """``-F / scale`` of a region of queries and keys, [B, rows, columns].
+
+        In the order of `kernels._store_fragments`; transposed, [B, columns, rows].
+        """
+        tiling = self._tiling("mask")
+        [bias] = _triton.call(
+            kernels.bias_kernel,
+            self.query,
+            self.key,
+            self.starts,
+            carries,
+            self._dead_blocks(carries),
+            region,
+            self.queries,
+            self.keys,
+            self.blocks,
+            self.columns,
+            outputs=[self._array(self.batch, rows, columns)],
+            grid=(columns // tiling.keys, rows // BLOCK, self.batch),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            HEADS=self.heads,
+            ROWS=BLOCK,
+            KEYS=tiling.keys,
+            PACKED=self.packed,
+            SKIP=self.skip,
+            TRANSPOSED=transposed,
+            **self.key_sizes,
+        )
+        return bias
+
+    def _dead_blocks(self, carries):
+        """Which blocks of keys nobody in a block of queries needs, int32."""
+        if not self.skip:
+            return jnp.zeros(1, jnp.int32)
+        return self.dead(carries, BLOCK).astype(jnp.int32)
+
+    def _live_tiles(self, carries, keys):
+        """The list of tiles of each block of queries, and how many are not skipped.
+
+        Both int32, [B, blocks, tiles] and [B, blocks]; those skipped are at the end.
+        """
+        if not self.skip:
+            return jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
+        dead = self.dead(carries, keys)
+        tiles = jnp.argsort(dead, axis=-1, stable=True).astype(jnp.int32)
+        return tiles, jnp.sum(~dead, axis=-1, dtype=jnp.int32)
+
+    def _rows(self, name, carries, first, chunk, cotangents, results, products):
+        """Launches a kernel that goes by tiles of queries on those of one chunk.
+
+        Returns results with the queries of the chunk written.
+        """
+        tiling = self._tiling(name)
+        members = math.gcd(self.heads, tiling.heads)
+        region = jnp.stack([first, jnp.zeros_like(first)])
+        operands = (
+            self.query,
+            self.key,
+            self.value,
+            self._bias(carries, region, chunk, self.columns, transposed=False),
+            self.starts,
+            *self._live_tiles(carries, tiling.keys),
+            region,
+            *cotangents,
+        )
+        return _triton.call(
+            getattr(kernels, f"{name}_kernel"),
+            *operands,
+            *results,
+            float(self.scale) * LOG2_E,
+            self.queries,
+            self.keys,
+            self.blocks,
+            self.columns,
+            outputs=[],
+            updated=range(len(operands), len(operands) + len(results)),
+            grid=(self.heads // members * (chunk // tiling.rows), self.batch),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            max_registers=tiling.registers,
+            flops=self._flops(products) * chunk // self.rows,
+            CHUNK=chunk,
+            BLOCK=BLOCK,
+            ROWS=tiling.rows,
+            KEYS=tiling.keys,
+            MEMBERS=members,
+            SKIP=self.skip,
+            TILES=self.columns // tiling.keys,
+            **self.sizes,
+        )
+
+    def _attention_gradients(self, carries, bias, region, chunk, cotangents):
+        """Gradients of key and value for a given F, [B, chunk, K, ..] in fp32."""
+        tiling = self._tiling("key_gradient")
+        group = self.heads // self.kv_heads
+        members = math.gcd(group, tiling.heads)
+        parts = self.heads // members
+        programs = self.batch * parts * (chunk // tiling.keys)
+        slices = min(triton.cdiv(PROGRAMS, programs), self.rows // BLOCK)
+        shape = slices, self.batch, chunk, parts
+        key_gradient, value_gradient = _triton.call(
+            kernels.key_gradient_kernel,
+            self.query,
+            self.key,
+            self.value,
+            bias,
+            self.starts,
+            self._ends(carries, tiling.keys),
+            region,
+            *cotangents,
+            float(self.scale) * LOG2_E,
+            self.queries,
+            self.keys,
+            self.rows,
+            self.columns,
+            outputs=[
+                self._array(*shape, self.key_width),
+                self._array(*shape, self.value_width),
+            ],
+            grid=(parts * (chunk // tiling.keys), slices, self.batch),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            max_registers=tiling.registers,
+            flops=self._flops(4) * chunk // self.columns,
+            CHUNK=chunk,
+            ROWS=tiling.rows,
+            KEYS=tiling.keys,
+            MEMBERS=members,
+            SLICES=slices,
+            **self.sizes,
+        )
+
+        def total(x):  # [SLICES, B, CHUNK, PARTS, W] -> [B, CHUNK, K, W]
+            x = x.reshape(*x.shape[:3], self.kv_heads, -1, x.shape[-1])
+            return jnp.sum(x, axis=(0, 4))
+
+        return self.scale * total(key_gradient), total(value_gradient)
+
+    def _selection_gradient(self, carries, bias, region, chunk, cotangents):
+        """The gradient of the selecting head's products by F alone, [B, rows, chunk].
+
+        And that of the initial mask, [B, chunk].
+        """
+        tiling = self._tiling("mask_gradient")
+        tiles = self.rows // tiling.rows
+        grid = (chunk // tiling.keys, tiles, self.batch)
+        gradient, sums = _triton.call(
+            kernels.mask_gradient_kernel,
+            self.query,
+            self.key,
+            self.value,
+            bias,
+            self.starts,
+            self._ends(carries, tiling.keys),
+            region,
+            *cotangents,
+            float(self.scale) * LOG2_E,
+            self.queries,
+            self.keys,
+            self.rows,
+            self.columns,
+            outputs=[
+                self._array(self.batch, self.rows, chunk),
+                self._array(self.batch, tiles, chunk),
+            ],
+            grid=grid,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            max_registers=tiling.registers,
+            flops=self._flops(2) * chunk // self.columns,
+            CHUNK=chunk,
+            ROWS=tiling.rows,
+            KEYS=tiling.keys,
+            **self.sizes,
+        )
+        until = jnp.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
+        later = jnp.pad(until[:, 1:], [(0, 0), (0, 1), (0, 0)])
+        [gradient] = _triton.call(
+            kernels.selection_gradient_kernel,
+            self.query,
+            self.key,
+            self.starts,
+            gradient,
+            later,
+            region,
+            float(self.scale),
+            self.queries,
+            self.keys,
+            outputs=[self._array(self.batch, self.rows, chunk, dtype=self.query.dtype)],
+            grid=grid,
+            num_warps=tiling.warps,
+            num_stages=1,
+            HEADS=self.heads,
+            CHUNK=chunk,
+            ROWS=tiling.rows,
+            KEYS=tiling.keys,
+            PACKED=self.packed,
+            **self.key_sizes,
+        )
+        return gradient, -until[:, 0]
+
+    def _ends(self, carries, keys):
+        """One past the last query that needs each tile of keys, int32 [B, tiles]."""
+        last = jnp.arange(keys - 1, self.columns, keys)
+        ends = jnp.full((self.batch, last.size), self.queries, jnp.int32)
+        if self.packed:
+            position = jnp.arange(self.keys, dtype=jnp.int32)
+            start = jnp.where(self.starts == position, position, self.keys)
+            padding = [(0, 0), (0, 1)]
+            following = jnp.pad(start[:, 1:], padding, constant_values=self.keys)
+            following = jax.lax.cummin(following, axis=1, reverse=True)
+            last = jnp.minimum(last, self.keys - 1)
+            ends = jnp.maximum(following[:, last] - self.offset, 0)
+        if self.skip:
+            live = jnp.sum(~self.dead(carries, keys), axis=1, dtype=jnp.int32)
+            ends = jnp.minimum(ends, live * BLOCK)
+        return ends
+
+    def _array(self, *shape, dtype=jnp.float32):
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    def _flops(self, products):
+        """Of so many matrix products in all heads and of all queries."""
+        width = (self.key_width + self.value_width) // 2
+        pairs = self.queries * (self.keys + self.offset) // 2
+        return 2 * products * self.batch * self.heads * pairs * width
+
+
+def _padded(width):
+    return max(16, triton.next_power_of_2(width))
+
+
+def _chunks(length, size):
+    """Into how many chunks of which length to cut `length`, with `size` F for each.
+
+    Both lengths are multiples of BLOCK.
+    """
+    most = max(CHUNK_BYTES // (4 * size) // BLOCK, 1)
+    blocks = length // BLOCK
+    chunks = triton.cdiv(blocks, most)
+    return chunks, triton.cdiv(blocks, chunks) * BLOCK
+
+
+def _firsts(chunks, chunk):
+    return jnp.arange(chunks, dtype=jnp.int32) * chunk

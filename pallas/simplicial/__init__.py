@@ -1,0 +1,99 @@
+"""2-simplicial attention on a GPU: what its kernels support."""
+
+import jax
+import jax.numpy as jnp
+
+from jattn.pallas import _device, _mosaic, _triton
+
+MAX_WIDTH = 256
+
+# Query heads in a tile of the Mosaic kernel, and the least keys.
+HEADS = 64
+MIN_KEYS = 64
+
+
+def unsupported(
+    query: jax.Array,
+    few_key: jax.Array,
+    few_value: jax.Array,
+    many_key: jax.Array,
+    many_value: jax.Array,
+    *,
+    scale: float,
+) -> str | None:
+    """Why the Triton kernels do not support a call, or None.
+
+    Args:
+      query: [B, T, N, H].
+      few_key: [B, F, K, H], the keys with the smaller window.
+      few_value: [B, F, K, V].
+      many_key: [B, M, K, H].
+      many_value: [B, M, K, V].
+      scale: Factor of the logits.
+    """
+    if (reason := _triton.unavailable(90)) is not None:
+        return reason
+    arrays = (query, few_key, few_value, many_key, many_value)
+    dtypes = {x.dtype for x in arrays}
+    if len(dtypes) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        names = ", ".join(sorted(map(str, dtypes)))
+        return f"queries, keys and values must all be bf16, fp16 or fp32, not {names}"
+    widest = max(query.shape[-1], few_value.shape[-1])
+    if widest > MAX_WIDTH:
+        return f"logits and values may be at most {MAX_WIDTH} wide, not {widest}"
+    if any(0 in x.shape for x in arrays):
+        return "an array is empty"
+    if scale <= 0:
+        return f"scale must be positive, not {scale}"
+    if max(x.size // x.shape[0] for x in arrays[1:]) >= 2**31:
+        return "it numbers the keys' elements of a batch row in 32 bits"
+    return None
+
+
+def unsupported_mosaic(
+    query: jax.Array,
+    few_key: jax.Array,
+    few_value: jax.Array,
+    many_key: jax.Array,
+    many_value: jax.Array,
+    *,
+    many_window: int,
+    scale: float,
+) -> str | None:
+    """Why the Mosaic kernel, with Triton's for gradients, does not support a call.
+
+    Args:
+      query: [B, T, N, H].
+      few_key: [B, F, K, H], the keys with the smaller window.
+      few_value: [B, F, K, V].
+      many_key: [B, M, K, H].
+      many_value: [B, M, K, V].
+      many_window: Keys that a query sees of the other set.
+      scale: Factor of the logits.
+
+    Returns:
+      The reason, or None if it is supported.
+    """
+    arrays = (query, few_key, few_value, many_key, many_value)
+    if (reason := _mosaic.unavailable()) is not None:
+        return reason
+    if (reason := unsupported(*arrays, scale=scale)) is not None:
+        return reason
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"queries, keys and values must be bf16 or fp16, not {query.dtype}"
+    widths = query.shape[-1], few_value.shape[-1]
+    if widths not in ((64, 64), (128, 128)):
+        return f"keys and values must both be 64 or 128 wide, not {widths}"
+    group = query.shape[2] // few_key.shape[2]
+    if group % HEADS:
+        return f"a multiple of {HEADS} query heads must share a kv head, not {group}"
+    if many_window < MIN_KEYS:
+        return f"the larger window must be of at least {MIN_KEYS} keys"
+    # Each item of work has a multiprocessor to itself; Triton's kernel divides them.
+    batch, queries, heads, _ = query.shape
+    items = batch * queries * heads // HEADS
+    if items < _device.multiprocessors():
+        return f"{items} tiles of {HEADS} heads do not keep the GPU busy"
+    if items >= 2**31:
+        return "it numbers tiles in 32 bits"
+    return None

@@ -1,0 +1,738 @@
+"""Gradients of 2-simplicial attention in Triton, by two kernels.
+
+For the rows of a position (see tiles) dO' is the gradient of the output times the key's
+value, as q' is the query times the key. With S = q' K'^T, P = exp(S - lse) and
+dS = P ∘ (dO' V'^T - delta):
+
+- one kernel goes through positions. dS K' is the gradient of q', and P V' that of dO':
+  they give the query's gradient whole, and parts of the gradients of the keys and
+  values with the smaller window, one for each position that sees them, which a third
+  kernel adds up in order;
+- one kernel goes through blocks of the keys with the larger window, whose gradients
+  dS^T q' and P^T dO' stay in registers while all rows that see them go by.
+
+Nothing is added atomically: same input, same bits.
+
+Letters: B batch, T queries, F and M keys of the set with the smaller and the larger
+window, N query heads, K kv heads, H key width, V value width; L positions in a chunk,
+W the smaller window, R tiles of query heads of a kv head, P parts of the positions.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from jattn.pallas import _triton, tuning
+from jattn.pallas._tiles import _load_rows, _store_rows
+from jattn.pallas.simplicial.tiles import (
+    _load_all_rows,
+    _load_factors,
+    _rows,
+    constants,
+    tuning_shape,
+)
+
+LOG2_E = math.log2(math.e)
+
+# Bound on the partial gradients of one chunk of positions.
+PARTIAL_BYTES = 2**30
+
+# Programs that keep a GPU busy, and parts that positions are split into at most.
+PROGRAMS, MAX_PARTS = 264, 16
+
+# Keys that a program adds up partial gradients for.
+SUM_ROWS = 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How a gradient kernel is cut up: speed, never results.
+
+    Attributes:
+      rows: Rows of a tile.
+      tokens: Positions of a tile of rows, at least.
+      block: Keys of the larger window in a tile.
+      warps: Warps of a program.
+      stages: Tiles in flight.
+    """
+
+    rows: int
+    tokens: int
+    block: int
+    warps: int
+    stages: int
+
+
+def backward(
+    query: jax.Array,
+    few_key: jax.Array,
+    few_value: jax.Array,
+    many_key: jax.Array,
+    many_value: jax.Array,
+    visible: jax.Array | None,
+    out: jax.Array,
+    lse: jax.Array,
+    out_gradient: jax.Array,
+    lse_gradient: jax.Array,
+    *,
+    few_window: int,
+    many_window: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Gradients for query and the keys and values of both sets.
+
+    Args:
+      query: [B, T, N, H].
+      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
+        at the positions of the queries.
+      few_value: [B, F, K, V].
+      many_key: [B, M, K, H], as few_key.
+      many_value: [B, M, K, V].
+      visible: int32 [B, T], how many keys before and at its own position a query may
+        see at most, or None for no such limit.
+      out: [B, T, N, V], what forward gave.
+      lse: [B, T, N] in fp32 (natural log), what forward gave.
+      out_gradient: [B, T, N, V].
+      lse_gradient: [B, T, N].
+      few_window: Keys that a query sees of the one set, itself included.
+      many_window: Of the other.
+      scale: Factor of the logits, positive.
+    """
+    # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
+    lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
+    # The kernels see the gradient as rounded to its dtype: delta has to be of that one,
+    # and not of one that XLA knows in higher precision, for the two to cancel.
+    out_gradient = jax.lax.optimization_barrier(out_gradient)
+    delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
+    delta = jnp.sum(delta, axis=-1) - lse_gradient
+    launch = _Launch(
+        (query, few_key, few_value, many_key, many_value),
+        visible,
+        (out_gradient, lse, delta),
+        (few_window, many_window),
+        scale,
+    )
+    query_gradient, few_key_gradient, few_value_gradient = launch.query_and_few()
+    many_key_gradient, many_value_gradient = launch.many()
+    return (
+        query_gradient,
+        few_key_gradient,
+        few_value_gradient,
+        many_key_gradient,
+        many_value_gradient,
+    )
+
+
+class _Launch:
+    """The arrays of one backward pass, and what its launches have in common."""
+
+    def __init__(self, arrays, visible, gradients, windows, scale):
+        self.arrays = arrays
+        self.query, self.few_key, self.few_value, self.many_key, self.many_value = (
+            arrays
+        )
+        self.gradients = gradients
+        self.limited = visible is not None
+        self.visible = jnp.zeros((1, 1), jnp.int32) if visible is None else visible
+        self.few_window, self.many_window = windows
+        self.scale = scale
+        self.batch, self.queries, self.heads, self.key_width = self.query.shape
+        self.kv_heads, self.value_width = self.few_value.shape[2:]
+        self.lengths = (self.queries, self.few_key.shape[1], self.many_key.shape[1])
+
+    def tiling(self, kernel, stages):
+        """The tiling of the kernel of that name, and its constants.
+
+        Where no tiling was measured it has that many stages.
+        """
+        shape = tuning_shape(
+            self.query, self.few_value, self.few_window, self.many_window
+        )
+        width = max(self.key_width, self.value_width)
+        tiling = tuning.choose(
+            kernel, shape, _heuristic(width, self.query.dtype.itemsize, stages)
+        )
+        return tiling, {
+            **constants(
+                self.query, self.few_value, self.few_window, tiling.rows, tiling.tokens
+            ),
+            "BLOCK": tiling.block,
+            "LIMITED": self.limited,
+        }
+
+    def call(self, kernel, chunk, tiling, *, outputs, grid, positions, **constants):
+        """Launches one of the two kernels, for `positions` positions of each row."""
+        pairs = positions * self.few_window * self.many_window
+        width = self.key_width + self.value_width
+        return _triton.call(
+            kernel,
+            *self.arrays,
+            self.visible,
+            *self.gradients,
+            *chunk,
+            float(self.scale) * LOG2_E,
+            *self.lengths,
+            self.few_window,
+            self.many_window,
+            outputs=outputs,
+            grid=grid,
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            flops=4 * pairs * self.batch * self.heads * width,
+            **constants,
+        )
+
+    def query_and_few(self):
+        """Gradients of query, and of the keys and values with the smaller window."""
+        tiling, constants = self.tiling("simplicial_backward_query", stages=2)
+        tokens = constants["TOKENS"]
+        head_tiles = triton.cdiv(constants["GROUP"], constants["HEADS"])
+        rows = (self.kv_heads, head_tiles, self.few_window)
+        row_bytes = (self.key_width + self.value_width) * self.query.dtype.itemsize
+        nbytes = self.batch * self.queries * math.prod(rows) * row_bytes
+        length = triton.cdiv(self.queries, triton.cdiv(nbytes, PARTIAL_BYTES))
+        tiles = triton.cdiv(length, tokens)
+        length = tiles * tokens
+        chunks = triton.cdiv(self.queries, length)
+        heads = self.query.shape[2:]
+        of_chunk = [
+            jax.ShapeDtypeStruct((self.batch, length, *shape), self.query.dtype)
+            for shape in (heads, (*rows, self.key_width), (*rows, self.value_width))
+        ]
+
+        def chunk(sums, first):
+            query_gradient, *partials = self.call(
+                _query_kernel,
+                (first,),
+                tiling,
+                outputs=of_chunk,
+                grid=(tiles, self.batch * self.kv_heads * head_tiles),
+                positions=length,
+                TAIL=min(tiling.block, 32),
+                **constants,
+            )
+            sums = [
+                self.add(x, partial, first)
+                for x, partial in zip(sums, partials, strict=True)
+            ]
+            return sums, query_gradient
+
+        zeros = [
+            jnp.zeros(x.shape, jnp.float32) for x in (self.few_key, self.few_value)
+        ]
+        zeros = _triton.vary_like(zeros, (*self.arrays, *self.gradients))
+        firsts = length * jnp.arange(chunks, dtype=jnp.int32)[:, None]
+        (key_sum, value_sum), query_gradient = jax.lax.scan(chunk, zeros, firsts)
+        query_gradient = jnp.moveaxis(query_gradient, 0, 1)
+        query_gradient = query_gradient.reshape(self.batch, chunks * length, *heads)
+        return (
+            query_gradient[:, : self.queries],
+            (self.scale * key_sum).astype(self.few_key.dtype),
+            value_sum.astype(self.few_value.dtype),
+        )
+
+    def add(self, sums, partials, first):
+        """Adds the partial gradients [B, L, K, R, W, *] of a chunk to the sums."""
+        length, width = partials.shape[1], sums.shape[-1]
+        [total] = _triton.call(
+            _sum_kernel,
+            sums,
+            partials,
+            self.visible,
+            first,
+            length,
+            *self.lengths[:2],
+            self.few_window,
+            outputs=[jax.ShapeDtypeStruct(sums.shape, sums.dtype)],
+            grid=(triton.cdiv(sums.shape[1], SUM_ROWS), self.batch * self.kv_heads),
+            num_warps=4,
+            KV_HEADS=self.kv_heads,
+            HEAD_TILES=partials.shape[3],
+            WIDTH=width,
+            PADDED=triton.next_power_of_2(width),
+            ROWS=SUM_ROWS,
+            LIMITED=self.limited,
+        )
+        return total
+
+    def many(self):
+        """Gradients of the keys and values with the larger window."""
+        # Two programs fit on a multiprocessor if rows that have keys of their own are
+        # not loaded ahead.
+        stages = 2 if self.heads // self.kv_heads > 32 else 1
+        tiling, constants = self.tiling("simplicial_backward_key", stages)
+        blocks = triton.cdiv(self.many_key.shape[1], tiling.block)
+        # Where there are few blocks, several programs share the positions of each.
+        programs = blocks * self.batch * self.kv_heads
+        parts = min(MAX_PARTS, max(1, PROGRAMS // programs))
+        partials = self.call(
+            _key_kernel,
+            (),
+            tiling,
+            outputs=[
+                jax.ShapeDtypeStruct(
+                    (parts, *x.shape), x.dtype if parts == 1 else jnp.float32
+                )
+                for x in (self.many_key, self.many_value)
+            ],
+            grid=(blocks, self.batch * self.kv_heads, parts),
+            positions=self.queries,
+            **constants,
+        )
+        return [jnp.sum(x, axis=0).astype(self.query.dtype) for x in partials]
+
+
+def _heuristic(width, itemsize, stages):
+    """The tiling of both kernels where none was measured, by bytes of a number."""
+    if itemsize > 2:
+        size = 32 if width <= 128 else 16
+        return Tiling(rows=size, tokens=1, block=size, warps=4, stages=1)
+    if width > 128:
+        return Tiling(rows=64, tokens=1, block=64, warps=8, stages=1)
+    return Tiling(rows=64, tokens=1, block=64, warps=4, stages=stages)
+
+
+@triton.jit
+def _query_step(
+    expanded,
+    expanded_gradient,
+    lse,
+    delta,
+    key,
+    value,
+    seen,
+    expanded_sum,
+    gradient_sum,
+    scale_log2,
+):
+    """Adds what a block of keys gives to dS K' and P V'."""
+    logits = tl.dot(expanded, tl.trans(key), input_precision="tf32x3")
+    if seen is not None:
+        logits = tl.where(seen, logits, -float("inf"))
+    weights = tl.exp2(logits * scale_log2 - lse[:, None])
+    gradient = tl.dot(expanded_gradient, tl.trans(value), input_precision="tf32x3")
+    gradient_sum = tl.dot(
+        weights.to(value.dtype), value, gradient_sum, input_precision="tf32x3"
+    )
+    gradient = weights * (gradient - delta[:, None])
+    expanded_sum = tl.dot(
+        gradient.to(key.dtype), key, expanded_sum, input_precision="tf32x3"
+    )
+    return expanded_sum, gradient_sum
+
+
+@triton.jit
+def _query_kernel(
+    query_ptr,  # [B, T, N, H]
+    few_key_ptr,  # [B, F, K, H]
+    few_value_ptr,  # [B, F, K, V]
+    many_key_ptr,  # [B, M, K, H]
+    many_value_ptr,  # [B, M, K, V]
+    visible_ptr,  # [B, T] if LIMITED
+    out_gradient_ptr,  # [B, T, N, V]
+    lse_ptr,  # [B, T, N], in base 2, +inf where nothing is seen
+    delta_ptr,  # [B, T, N]
+    chunk_ptr,  # [1]: the chunk's first position
+    scale_log2,
+    queries,
+    few_keys,
+    many_keys,
+    few_window,
+    many_window,
+    query_gradient_ptr,  # [B, L, N, H]
+    partial_key_ptr,  # [B, L, K, R, W, H], without the factor scale
+    partial_value_ptr,  # [B, L, K, R, W, V]
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    H_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """What the pairs of a few positions give to their queries and keys."""
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    SHARED: tl.constexpr = TOKENS * ENTRIES == 1
+    ROWS: tl.constexpr = TOKENS * HEADS * ENTRIES
+    chunk_first = tl.load(chunk_ptr)
+    first = chunk_first + tl.program_id(0) * TOKENS
+    head_tile = tl.program_id(1) % HEAD_TILES
+    kv_row = tl.program_id(1) // HEAD_TILES
+    batch = (kv_row // KV_HEADS).to(tl.int64)
+    kv_head = kv_row % KV_HEADS
+    few_first = first + few_keys - queries
+    many_first = first + many_keys - queries
+    token, head, entry, live, few_reach, many_reach = _rows(
+        visible_ptr + batch * queries + first,
+        first,
+        head_tile,
+        queries,
+        few_keys,
+        many_keys,
+        few_window,
+        many_window,
+        GROUP,
+        TOKENS,
+        HEADS,
+        ENTRIES,
+        LIMITED,
+    )
+    source = (token * KV_HEADS + kv_head) * GROUP + head
+    last_seen = many_first + token
+    first_seen = last_seen + 1 - many_reach
+    longest = tl.maximum(tl.max(few_reach, axis=0), 0)
+    low = tl.where(many_reach > 0, first_seen, many_keys)
+    low = tl.minimum(tl.min(low, axis=0), many_keys)
+    full_low = tl.maximum(tl.max(tl.where(live, first_seen, 0), axis=0), low)
+    high = tl.where(many_reach > 0, last_seen + 1, 0)
+    high = tl.maximum(tl.max(high, axis=0), 0)
+    middle = low + (full_low - low + BLOCK - 1) // BLOCK * BLOCK
+    last = middle + tl.maximum(many_first + 1 - middle, 0) // BLOCK * BLOCK
+
+    query_row = (batch * queries + first) * (KV_HEADS * GROUP)
+    query_ptr += query_row * H
+    out_gradient_ptr += query_row * V
+    few_row = (batch * few_keys + few_first) * KV_HEADS + kv_head
+    few_key_ptr += few_row * H
+    few_value_ptr += few_row * V
+    many_row = (batch * many_keys + low) * KV_HEADS + kv_head
+    many_key_ptr += many_row * H
+    many_value_ptr += many_row * V
+    chunk_row = batch * (tl.num_programs(0) * TOKENS) + tl.program_id(0) * TOKENS
+    partial_row = (chunk_row * KV_HEADS + kv_head) * HEAD_TILES + head_tile
+    partial_key_ptr += partial_row * few_window * H
+    partial_value_ptr += partial_row * few_window * V
+
+    column = tl.arange(0, BLOCK)
+    query_gradient = tl.zeros([ROWS, H_PAD], tl.float32)
+    for start in range(0, longest, ENTRIES):
+        back = start + entry
+        valid = back < few_reach
+        query = _load_rows(query_ptr, source, live, H, H_PAD)
+        out_gradient = _load_rows(out_gradient_ptr, source, live, V, V_PAD)
+        key_factors = _load_factors(
+            few_key_ptr,
+            start,
+            longest,
+            back,
+            few_reach,
+            token,
+            KV_HEADS,
+            H,
+            H_PAD,
+            SHARED,
+        )
+        value_factors = _load_factors(
+            few_value_ptr,
+            start,
+            longest,
+            back,
+            few_reach,
+            token,
+            KV_HEADS,
+            V,
+            V_PAD,
+            SHARED,
+        )
+        lse = tl.load(lse_ptr + query_row + source, mask=valid, other=float("inf"))
+        delta = tl.load(delta_ptr + query_row + source, mask=valid, other=0.0)
+        expanded = query * key_factors  # [ROWS, H]
+        expanded_gradient = out_gradient * value_factors  # [ROWS, V]
+        expanded_sum = tl.zeros([ROWS, H_PAD], tl.float32)
+        gradient_sum = tl.zeros([ROWS, V_PAD], tl.float32)
+        if TOKENS > 1:
+            for block in range(low, middle, BLOCK):
+                position = block + column
+                row = (position - low) * KV_HEADS
+                key = _load_rows(many_key_ptr, row, position < high, H, H_PAD)
+                value = _load_rows(many_value_ptr, row, position < high, V, V_PAD)
+                seen = position[None, :] <= last_seen[:, None]
+                seen &= position[None, :] >= first_seen[:, None]
+                expanded_sum, gradient_sum = _query_step(
+                    expanded,
+                    expanded_gradient,
+                    lse,
+                    delta,
+                    key,
+                    value,
+                    seen,
+                    expanded_sum,
+                    gradient_sum,
+                    scale_log2,
+                )
+        for block in range(middle, last, BLOCK):
+            row = (block - low + column) * KV_HEADS
+            expanded_sum, gradient_sum = _query_step(
+                expanded,
+                expanded_gradient,
+                lse,
+                delta,
+                _load_all_rows(many_key_ptr, row, H, H_PAD),
+                _load_all_rows(many_value_ptr, row, V, V_PAD),
+                None,
+                expanded_sum,
+                gradient_sum,
+                scale_log2,
+            )
+        for block in range(last, high, TAIL):
+            position = block + tl.arange(0, TAIL)
+            row = (position - low) * KV_HEADS
+            key = _load_rows(many_key_ptr, row, position < high, H, H_PAD)
+            value = _load_rows(many_value_ptr, row, position < high, V, V_PAD)
+            seen = position[None, :] <= last_seen[:, None]
+            seen &= position[None, :] >= first_seen[:, None]
+            expanded_sum, gradient_sum = _query_step(
+                expanded,
+                expanded_gradient,
+                lse,
+                delta,
+                key,
+                value,
+                seen,
+                expanded_sum,
+                gradient_sum,
+                scale_log2,
+            )
+        query_gradient += expanded_sum * key_factors.to(tl.float32)
+        key_gradient = expanded_sum * query.to(tl.float32)
+        value_gradient = gradient_sum * out_gradient.to(tl.float32)
+        if SHARED:
+            key_gradient = tl.sum(key_gradient, axis=0, keep_dims=True)
+            value_gradient = tl.sum(value_gradient, axis=0, keep_dims=True)
+        elif HEADS > 1:
+            key_gradient = tl.sum(
+                tl.reshape(key_gradient, [TOKENS, HEADS, ENTRIES, H_PAD]), axis=1
+            )
+            key_gradient = tl.reshape(key_gradient, [TOKENS * ENTRIES, H_PAD])
+            value_gradient = tl.sum(
+                tl.reshape(value_gradient, [TOKENS, HEADS, ENTRIES, V_PAD]), axis=1
+            )
+            value_gradient = tl.reshape(value_gradient, [TOKENS * ENTRIES, V_PAD])
+        partial = tl.arange(0, TOKENS * ENTRIES)
+        back = start + partial % ENTRIES
+        target = partial // ENTRIES * (KV_HEADS * HEAD_TILES) * few_window + back
+        _store_rows(partial_key_ptr, target, back < few_window, key_gradient, H, H_PAD)
+        _store_rows(
+            partial_value_ptr, target, back < few_window, value_gradient, V, V_PAD
+        )
+
+    if ENTRIES > 1:
+        query_gradient = tl.sum(
+            tl.reshape(query_gradient, [TOKENS * HEADS, ENTRIES, H_PAD]), axis=1
+        )
+    state = tl.arange(0, TOKENS * HEADS)
+    token = state // HEADS
+    head = head_tile * HEADS + state % HEADS
+    live = (first + token < queries) & (head < GROUP)
+    target = (token * KV_HEADS + kv_head) * GROUP + head
+    query_gradient *= scale_log2 * 0.6931471805599453
+    query_gradient_ptr += chunk_row * (KV_HEADS * GROUP * H)
+    _store_rows(query_gradient_ptr, target, live, query_gradient, H, H_PAD)
+
+
+@triton.jit
+def _sum_kernel(
+    sums_ptr,  # [B, F, K, WIDTH]
+    partials_ptr,  # [B, L, K, R, W, WIDTH]
+    visible_ptr,  # [B, T] if LIMITED
+    chunk_ptr,  # [1]: the chunk's first position
+    length,
+    queries,
+    few_keys,
+    few_window,
+    totals_ptr,  # [B, F, K, WIDTH]
+    KV_HEADS: tl.constexpr,
+    HEAD_TILES: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
+    ROWS: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """Adds to each key what the positions of a chunk that see it have for it."""
+    batch = (tl.program_id(1) // KV_HEADS).to(tl.int64)
+    kv_head = tl.program_id(1) % KV_HEADS
+    first = tl.load(chunk_ptr)
+    key = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    key_row = (key * KV_HEADS + kv_head).to(tl.int64) + batch * few_keys * KV_HEADS
+    total = _load_rows(sums_ptr, key_row, key < few_keys, WIDTH, PADDED)
+    # Position i has its own key at i + few_keys - queries.
+    nearest = first + few_keys - queries - tl.program_id(0) * ROWS
+    steps = tl.minimum(few_window, nearest + length)
+    for back in range(tl.maximum(0, nearest - ROWS + 1), steps):
+        position = key + back - (few_keys - queries)
+        inside = (position >= first) & (position < first + length)
+        inside &= (position < queries) & (key < few_keys)
+        if LIMITED:
+            visible = tl.load(
+                visible_ptr + batch * queries + position, mask=inside, other=0
+            )
+            inside &= back < visible
+        row = (batch * length + position - first) * KV_HEADS + kv_head
+        for head_tile in range(HEAD_TILES):
+            partial = (row * HEAD_TILES + head_tile) * few_window + back
+            total += _load_rows(partials_ptr, partial, inside, WIDTH, PADDED).to(
+                tl.float32
+            )
+    _store_rows(totals_ptr, key_row, key < few_keys, total, WIDTH, PADDED)
+
+
+@triton.jit
+def _key_kernel(
+    query_ptr,  # [B, T, N, H]
+    few_key_ptr,  # [B, F, K, H]
+    few_value_ptr,  # [B, F, K, V]
+    many_key_ptr,  # [B, M, K, H]
+    many_value_ptr,  # [B, M, K, V]
+    visible_ptr,  # [B, T] if LIMITED
+    out_gradient_ptr,  # [B, T, N, V]
+    lse_ptr,  # [B, T, N], in base 2, +inf where nothing is seen
+    delta_ptr,  # [B, T, N]
+    scale_log2,
+    queries,
+    few_keys,
+    many_keys,
+    few_window,
+    many_window,
+    key_gradient_ptr,  # [P, B, M, K, H]
+    value_gradient_ptr,  # [P, B, M, K, V]
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    H_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """What a part of the positions gives to a block of keys and values."""
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    SHARED: tl.constexpr = TOKENS * ENTRIES == 1
+    kv_row = tl.program_id(1)
+    batch = (kv_row // KV_HEADS).to(tl.int64)
+    kv_head = kv_row % KV_HEADS
+    low = tl.program_id(0) * BLOCK
+    position = low + tl.arange(0, BLOCK)
+    # Those that no query sees may hold anything.
+    ahead = many_keys - queries
+    exists = (position < many_keys) & (position > ahead - many_window)
+    many_row = (batch * many_keys + position) * KV_HEADS + kv_head
+    key = _load_rows(many_key_ptr, many_row, exists, H, H_PAD)
+    value = _load_rows(many_value_ptr, many_row, exists, V, V_PAD)
+    key_gradient = tl.zeros([BLOCK, H_PAD], tl.float32)
+    value_gradient = tl.zeros([BLOCK, V_PAD], tl.float32)
+
+    # Tiles of positions that see the block, and those all of which see all of it.
+    begin = tl.maximum(0, low - ahead)
+    end = tl.minimum(queries, low + BLOCK - 1 + many_window - ahead)
+    tiles = tl.maximum(end - begin + TOKENS - 1, 0) // TOKENS
+    share = (tiles + tl.num_programs(2) - 1) // tl.num_programs(2)
+    tile = tl.minimum(tl.program_id(2) * share, tiles)
+    tile_end = tl.minimum(tile + share, tiles)
+    full = (low + BLOCK - 1 - ahead - begin + TOKENS - 1) // TOKENS
+    full_end = (tl.minimum(queries, low + many_window - ahead) - begin) // TOKENS
+    if LIMITED:
+        full_end = full
+    steps = HEAD_TILES * ((few_window + ENTRIES - 1) // ENTRIES)
+    entry_steps = (few_window + ENTRIES - 1) // ENTRIES
+
+    for step in range(tile * steps, tile_end * steps):
+        step_tile = step // steps
+        first = begin + step_tile * TOKENS
+        head_tile = step % steps // entry_steps
+        start = step % entry_steps * ENTRIES
+        token, head, entry, live, few_reach, many_reach = _rows(
+            visible_ptr + batch * queries + first,
+            first,
+            head_tile,
+            queries,
+            few_keys,
+            many_keys,
+            few_window,
+            many_window,
+            GROUP,
+            TOKENS,
+            HEADS,
+            ENTRIES,
+            LIMITED,
+        )
+        back = start + entry
+        valid = back < few_reach
+        longest = tl.minimum(first + 1 + few_keys - queries, few_window)
+        if LIMITED and SHARED:
+            visible = tl.load(visible_ptr + batch * queries + first)
+            longest = tl.minimum(longest, visible)
+        query_row = (batch * queries + first) * (KV_HEADS * GROUP)
+        source = (token * KV_HEADS + kv_head) * GROUP + head
+        few_row = (batch * few_keys + few_keys - queries + first) * KV_HEADS + kv_head
+        query = _load_rows(query_ptr + query_row * H, source, live, H, H_PAD)
+        out_gradient = _load_rows(
+            out_gradient_ptr + query_row * V, source, live, V, V_PAD
+        )
+        expanded = query * _load_factors(
+            few_key_ptr + few_row * H,
+            start,
+            longest,
+            back,
+            few_reach,
+            token,
+            KV_HEADS,
+            H,
+            H_PAD,
+            SHARED,
+        )
+        expanded_gradient = out_gradient * _load_factors(
+            few_value_ptr + few_row * V,
+            start,
+            longest,
+            back,
+            few_reach,
+            token,
+            KV_HEADS,
+            V,
+            V_PAD,
+            SHARED,
+        )
+        lse = tl.load(lse_ptr + query_row + source, mask=valid, other=float("inf"))
+        delta = tl.load(delta_ptr + query_row + source, mask=valid, other=0.0)
+        # Transposed: weights and gradient then enter the products for key and value
+        # from registers.
+        logits = tl.dot(key, tl.trans(expanded), input_precision="tf32x3")
+        if (step_tile < full) | (step_tile >= full_end):
+            last_seen = first + token + ahead
+            seen = position[:, None] <= last_seen[None, :]
+            seen &= position[:, None] > (last_seen - many_reach)[None, :]
+            logits = tl.where(seen, logits, -float("inf"))
+        weights = tl.exp2(logits * scale_log2 - lse[None, :])  # [BLOCK, ROWS]
+        value_gradient = tl.dot(
+            weights.to(value.dtype),
+            expanded_gradient,
+            value_gradient,
+            input_precision="tf32x3",
+        )
+        gradient = tl.dot(value, tl.trans(expanded_gradient), input_precision="tf32x3")
+        gradient = weights * (gradient - delta[None, :])
+        if LIMITED:
+            # Nor do others see all of the block.
+            gradient = tl.where(weights > 0.0, gradient, 0.0)
+        key_gradient = tl.dot(
+            gradient.to(key.dtype), expanded, key_gradient, input_precision="tf32x3"
+        )
+
+    key_gradient *= scale_log2 * 0.6931471805599453
+    batches = tl.num_programs(1) // KV_HEADS
+    many_row += tl.program_id(2).to(tl.int64) * batches * many_keys * KV_HEADS
+    exists = position < many_keys
+    _store_rows(key_gradient_ptr, many_row, exists, key_gradient, H, H_PAD)
+    _store_rows(value_gradient_ptr, many_row, exists, value_gradient, V, V_PAD)

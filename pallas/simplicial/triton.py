@@ -1,0 +1,536 @@
+"""2-simplicial attention in Triton, forward, and its custom derivative.
+
+For one key of one set, 2-simplicial attention is plain attention by the query times
+that key to the other set. The set with the smaller window is the one that multiplies:
+its keys and a kv head's query heads make the rows of matrix tiles (see tiles), which
+go through the larger window as in flash attention. A row's result counts by its
+log-sum-exp, times the value of its key.
+
+Every row keeps the running maximum, sum and output of all keys it has had; rows of one
+head are brought together at the end only. Positions whose tile holds several have
+windows that differ at the ends, so only there are keys masked.
+
+Letters: B batch, T queries, F and M keys of the set with the smaller and the larger
+window, N query heads, K kv heads, H key width, V value width, P programs that share a
+smaller window.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from jattn.pallas import _triton, tuning
+from jattn.pallas._tiles import _load_rows, _store_rows
+from jattn.pallas.simplicial.backward import backward
+from jattn.pallas.simplicial.tiles import (
+    _load_all_rows,
+    _load_factors,
+    _rows,
+    constants,
+    tuning_shape,
+)
+
+LOG2_E = math.log2(math.e)
+
+# Programs that keep a GPU busy.
+PROGRAMS = 264
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """How the forward kernel is cut up: speed, never results.
+
+    Attributes:
+      rows: Rows of a tile.
+      tokens: Positions of a tile of rows, at least.
+      chains: Tiles of rows that meet a block together, 1 or 2.
+      block: Keys of the larger window in a tile.
+      warps: Warps of a program.
+      stages: Tiles in flight.
+    """
+
+    rows: int
+    tokens: int
+    chains: int
+    block: int
+    warps: int
+    stages: int
+
+
+def attend(
+    query: jax.Array,
+    few_key: jax.Array,
+    few_value: jax.Array,
+    many_key: jax.Array,
+    many_value: jax.Array,
+    visible: jax.Array | None,
+    *,
+    few_window: int,
+    many_window: int,
+    scale: float,
+    forward: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """2-simplicial attention, differentiable in query, keys and values.
+
+    Args:
+      query: [B, T, N, H].
+      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
+        at the positions of the queries.
+      few_value: [B, F, K, V].
+      many_key: [B, M, K, H], as few_key.
+      many_value: [B, M, K, V].
+      visible: int32 [B, T], how many keys before and at its own position a query may
+        see at most, or None for no such limit.
+      few_window: Keys that a query sees of the one set, itself included.
+      many_window: Of the other.
+      scale: Factor of the logits, positive.
+      forward: Another kernel that gives what this module's forward does.
+
+    Returns:
+      Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32 (natural log). A query that
+      sees nothing gives 0 and -inf.
+    """
+    width = few_value.shape[-1]
+    # Rows that begin at multiples of 16 bytes are loaded in wide pieces.
+    arrays = [
+        jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % (16 // x.dtype.itemsize))])
+        for x in (query, few_key, few_value, many_key, many_value)
+    ]
+    results: Any = _attend(*arrays, visible, few_window, many_window, scale, forward)
+    out, lse = results
+    return out[..., :width], lse
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
+def _attend(
+    query,
+    few_key,
+    few_value,
+    many_key,
+    many_value,
+    visible,
+    few_window,
+    many_window,
+    scale,
+    kernel,
+):
+    return (kernel or forward)(
+        query,
+        few_key,
+        few_value,
+        many_key,
+        many_value,
+        visible,
+        few_window=few_window,
+        many_window=many_window,
+        scale=scale,
+    )
+
+
+def _attend_forward(*arguments):
+    results: Any = _attend(*arguments)
+    return results, (*arguments[:6], *results)
+
+
+def _attend_backward(few_window, many_window, scale, _, residuals, gradients):
+    gradients = backward(
+        *residuals,
+        *gradients,
+        few_window=few_window,
+        many_window=many_window,
+        scale=scale,
+    )
+    return *gradients, None
+
+
+_attend.defvjp(_attend_forward, _attend_backward)
+
+
+def forward(
+    query: jax.Array,
+    few_key: jax.Array,
+    few_value: jax.Array,
+    many_key: jax.Array,
+    many_value: jax.Array,
+    visible: jax.Array | None,
+    *,
+    few_window: int,
+    many_window: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """2-simplicial attention, not differentiable.
+
+    Args:
+      query: [B, T, N, H].
+      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
+        at the positions of the queries.
+      few_value: [B, F, K, V].
+      many_key: [B, M, K, H], as few_key.
+      many_value: [B, M, K, V].
+      visible: int32 [B, T], how many keys before and at its own position a query may
+        see at most, or None for no such limit.
+      few_window: Keys that a query sees of the one set, itself included.
+      many_window: Of the other.
+      scale: Factor of the logits, positive.
+
+    Returns:
+      Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32 (natural log).
+    """
+    batch, queries, heads, key_width = query.shape
+    kv_heads, value_width = few_value.shape[2:]
+    tiling = tuning.choose(
+        "simplicial_forward",
+        tuning_shape(query, few_value, few_window, many_window),
+        _heuristic(
+            heads // kv_heads, max(key_width, value_width), query.dtype.itemsize
+        ),
+    )
+    cut = constants(query, few_value, few_window, tiling.rows, tiling.tokens)
+    tiles = triton.cdiv(queries, cut["TOKENS"])
+    programs = batch * kv_heads * triton.cdiv(cut["GROUP"], cut["HEADS"])
+    # Where there are few tiles, several programs share the smaller window of each.
+    steps = triton.cdiv(few_window, cut["ENTRIES"] * tiling.chains)
+    parts = min(steps, max(1, PROGRAMS // (tiles * programs)))
+    pairs = queries * few_window * many_window
+    out, lse = _triton.call(
+        _forward_kernel,
+        query,
+        few_key,
+        few_value,
+        many_key,
+        many_value,
+        jnp.zeros((1, 1), jnp.int32) if visible is None else visible,
+        float(scale) * LOG2_E,
+        queries,
+        few_key.shape[1],
+        many_key.shape[1],
+        few_window,
+        many_window,
+        outputs=[
+            jax.ShapeDtypeStruct(
+                (parts, *query.shape[:3], value_width),
+                many_value.dtype if parts == 1 else jnp.float32,
+            ),
+            jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
+        ],
+        grid=(tiles, programs, parts),
+        num_warps=tiling.warps,
+        num_stages=tiling.stages,
+        flops=2 * batch * heads * pairs * (key_width + value_width),
+        CHAINS=tiling.chains,
+        BLOCK=tiling.block,
+        TAIL=min(tiling.block, 32),
+        # All keys of the smaller window at once need no running statistics.
+        SINGLE=steps == 1,
+        LIMITED=visible is not None,
+        **cut,
+    )
+    if parts == 1:
+        return out[0], lse[0]
+    peak = jnp.max(lse, axis=0)
+    peak = jnp.where(jnp.isneginf(peak), 0, peak)
+    weights = jnp.exp(lse - peak)
+    total = jnp.sum(weights, axis=0)
+    out = jnp.sum(out * weights[..., None], axis=0)
+    out /= jnp.where(total > 0, total, 1)[..., None]
+    return out.astype(many_value.dtype), peak + jnp.log(total)
+
+
+def _heuristic(group: int, width: int, itemsize: int) -> Tiling:
+    """The tiling where none was measured, by bytes of a number."""
+    if itemsize > 2:
+        size = 32 if width <= 128 else 16
+        return Tiling(size, tokens=1, chains=1, block=size, warps=4, stages=1)
+    if width > 128:
+        return Tiling(128, tokens=1, chains=1, block=32, warps=8, stages=2)
+    if group > 32:
+        # Two programs on a multiprocessor: one computes exponentials while the other
+        # multiplies.
+        return Tiling(64, tokens=1, chains=2, block=64, warps=4, stages=2)
+    return Tiling(128, tokens=1, chains=1, block=64, warps=8, stages=3)
+
+
+@triton.jit
+def _forward_step(
+    expanded,
+    key,
+    value,
+    seen,
+    peak,
+    total,
+    attended,
+    scale_log2,
+):
+    """Flash attention of rows [ROWS, H] to one more block of keys."""
+    logits = tl.dot(expanded, tl.trans(key), input_precision="tf32x3")
+    if seen is not None:
+        logits = tl.where(seen, logits, -float("inf"))
+    new_peak = tl.maximum(peak, tl.max(logits, axis=1))
+    base = new_peak
+    if seen is not None:
+        base = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    weights = tl.exp2(logits * scale_log2 - (base * scale_log2)[:, None])
+    decay = tl.exp2((peak - base) * scale_log2)
+    total = total * decay + tl.sum(weights, axis=1)
+    attended = tl.dot(
+        weights.to(value.dtype),
+        value,
+        attended * decay[:, None],
+        input_precision="tf32x3",
+    )
+    return new_peak, total, attended
+
+
+@triton.jit
+def _forward_kernel(
+    query_ptr,  # [B, T, N, H]
+    few_key_ptr,  # [B, F, K, H]
+    few_value_ptr,  # [B, F, K, V]
+    many_key_ptr,  # [B, M, K, H]
+    many_value_ptr,  # [B, M, K, V]
+    visible_ptr,  # [B, T] if LIMITED
+    scale_log2,
+    queries,
+    few_keys,
+    many_keys,
+    few_window,
+    many_window,
+    out_ptr,  # [P, B, T, N, V]
+    lse_ptr,  # [P, B, T, N]
+    KV_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    H_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    TOKENS: tl.constexpr,
+    HEADS: tl.constexpr,
+    ENTRIES: tl.constexpr,
+    CHAINS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TAIL: tl.constexpr,
+    SINGLE: tl.constexpr,
+    LIMITED: tl.constexpr,
+):
+    """Attention of HEADS heads of TOKENS positions."""
+    HEAD_TILES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    SHARED: tl.constexpr = TOKENS * ENTRIES == 1
+    ROWS: tl.constexpr = TOKENS * HEADS * ENTRIES
+    # The last positions, whose windows are whole, come first.
+    first = (tl.num_programs(0) - 1 - tl.program_id(0)) * TOKENS
+    head_tile = tl.program_id(1) % HEAD_TILES
+    kv_row = tl.program_id(1) // HEAD_TILES
+    batch = (kv_row // KV_HEADS).to(tl.int64)
+    kv_head = kv_row % KV_HEADS
+    few_first = first + few_keys - queries
+    many_first = first + many_keys - queries
+    token, head, entry, live, few_reach, many_reach = _rows(
+        visible_ptr + batch * queries + first,
+        first,
+        head_tile,
+        queries,
+        few_keys,
+        many_keys,
+        few_window,
+        many_window,
+        GROUP,
+        TOKENS,
+        HEADS,
+        ENTRIES,
+        LIMITED,
+    )
+    source = (token * KV_HEADS + kv_head) * GROUP + head
+    last_seen = many_first + token
+    first_seen = last_seen + 1 - many_reach
+    longest = tl.maximum(tl.max(few_reach, axis=0), 0)
+    # The keys anyone sees are low to high - 1; all rows see middle to last - 1.
+    low = tl.where(many_reach > 0, first_seen, many_keys)
+    low = tl.minimum(tl.min(low, axis=0), many_keys)
+    full_low = tl.maximum(tl.max(tl.where(live, first_seen, 0), axis=0), low)
+    high = tl.where(many_reach > 0, last_seen + 1, 0)
+    high = tl.maximum(tl.max(high, axis=0), 0)
+    middle = low + (full_low - low + BLOCK - 1) // BLOCK * BLOCK
+    last = middle + tl.maximum(many_first + 1 - middle, 0) // BLOCK * BLOCK
+
+    query_row = (batch * queries + first) * (KV_HEADS * GROUP)
+    query_ptr += query_row * H
+    few_row = (batch * few_keys + few_first) * KV_HEADS + kv_head
+    few_key_ptr += few_row * H
+    few_value_ptr += few_row * V
+    many_row = (batch * many_keys + low) * KV_HEADS + kv_head
+    many_key_ptr += many_row * H
+    many_value_ptr += many_row * V
+
+    column = tl.arange(0, BLOCK)
+    tail_column = tl.arange(0, TAIL)
+    top = tl.full([ROWS], -float("inf"), tl.float32)
+    weight = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, V_PAD], tl.float32)
+    STEP: tl.constexpr = ENTRIES * CHAINS
+    share = (few_window + STEP - 1) // STEP
+    share = (share + tl.num_programs(2) - 1) // tl.num_programs(2) * STEP
+    begin = tl.program_id(2) * share
+    end = tl.minimum(longest, begin + share)
+    if SINGLE:
+        begin, end = 0, STEP
+    for start in range(begin, end, STEP):
+        back = start + entry
+        query = _load_rows(query_ptr, source, live, H, H_PAD)
+        expanded = query * _load_factors(
+            few_key_ptr,
+            start,
+            longest,
+            back,
+            few_reach,
+            token,
+            KV_HEADS,
+            H,
+            H_PAD,
+            SHARED,
+        )
+        peak = tl.full([ROWS], -float("inf"), tl.float32)
+        total = tl.zeros([ROWS], tl.float32)
+        attended = tl.zeros([ROWS, V_PAD], tl.float32)
+        if CHAINS == 2:
+            expanded2 = query * _load_factors(
+                few_key_ptr,
+                start + ENTRIES,
+                longest,
+                back + ENTRIES,
+                few_reach,
+                token,
+                KV_HEADS,
+                H,
+                H_PAD,
+                SHARED,
+            )
+            peak2 = tl.full([ROWS], -float("inf"), tl.float32)
+            total2 = tl.zeros([ROWS], tl.float32)
+            attended2 = tl.zeros([ROWS, V_PAD], tl.float32)
+        if TOKENS > 1:
+            for block in range(low, middle, BLOCK):
+                position = block + column
+                row = (position - low) * KV_HEADS
+                key = _load_rows(many_key_ptr, row, position < high, H, H_PAD)
+                value = _load_rows(many_value_ptr, row, position < high, V, V_PAD)
+                seen = position[None, :] <= last_seen[:, None]
+                seen &= position[None, :] >= first_seen[:, None]
+                peak, total, attended = _forward_step(
+                    expanded, key, value, seen, peak, total, attended, scale_log2
+                )
+                if CHAINS == 2:
+                    peak2, total2, attended2 = _forward_step(
+                        expanded2,
+                        key,
+                        value,
+                        seen,
+                        peak2,
+                        total2,
+                        attended2,
+                        scale_log2,
+                    )
+        for block in range(middle, last, BLOCK):
+            row = (block - low + column) * KV_HEADS
+            key = _load_all_rows(many_key_ptr, row, H, H_PAD)
+            value = _load_all_rows(many_value_ptr, row, V, V_PAD)
+            peak, total, attended = _forward_step(
+                expanded, key, value, None, peak, total, attended, scale_log2
+            )
+            if CHAINS == 2:
+                peak2, total2, attended2 = _forward_step(
+                    expanded2, key, value, None, peak2, total2, attended2, scale_log2
+                )
+        for block in range(last, high, TAIL):
+            position = block + tail_column
+            row = (position - low) * KV_HEADS
+            key = _load_rows(many_key_ptr, row, position < high, H, H_PAD)
+            value = _load_rows(many_value_ptr, row, position < high, V, V_PAD)
+            seen = position[None, :] <= last_seen[:, None]
+            seen &= position[None, :] >= first_seen[:, None]
+            peak, total, attended = _forward_step(
+                expanded, key, value, seen, peak, total, attended, scale_log2
+            )
+            if CHAINS == 2:
+                peak2, total2, attended2 = _forward_step(
+                    expanded2, key, value, seen, peak2, total2, attended2, scale_log2
+                )
+
+        peak = tl.where(back < few_reach, peak, -float("inf"))
+        new_top = tl.maximum(top, peak)
+        if CHAINS == 2:
+            peak2 = tl.where(back + ENTRIES < few_reach, peak2, -float("inf"))
+            new_top = tl.maximum(new_top, peak2)
+        base = tl.where(new_top == -float("inf"), 0.0, new_top)
+        factor = tl.exp2((peak - base) * scale_log2)
+        value_factors = _load_factors(
+            few_value_ptr,
+            start,
+            longest,
+            back,
+            few_reach,
+            token,
+            KV_HEADS,
+            V,
+            V_PAD,
+            SHARED,
+        )
+        attended *= factor[:, None] * value_factors.to(tl.float32)
+        if SINGLE:
+            weight = factor * total
+            out = attended
+        else:
+            decay = tl.exp2((top - base) * scale_log2)
+            weight = weight * decay + factor * total
+            out = out * decay[:, None] + attended
+        if CHAINS == 2:
+            factor = tl.exp2((peak2 - base) * scale_log2)
+            value_factors = _load_factors(
+                few_value_ptr,
+                start + ENTRIES,
+                longest,
+                back + ENTRIES,
+                few_reach,
+                token,
+                KV_HEADS,
+                V,
+                V_PAD,
+                SHARED,
+            )
+            weight += factor * total2
+            out += attended2 * factor[:, None] * value_factors.to(tl.float32)
+        top = new_top
+
+    if ENTRIES > 1:
+        # The rows of a head, each by its own maximum.
+        tops = tl.reshape(top, [TOKENS * HEADS, ENTRIES])
+        top = tl.max(tops, axis=1)
+        base = tl.where(top == -float("inf"), 0.0, top)
+        factors = tl.exp2((tops - base[:, None]) * scale_log2)
+        weight = tl.reshape(weight, [TOKENS * HEADS, ENTRIES])
+        weight = tl.sum(weight * factors, axis=1)
+        out *= tl.reshape(factors, [ROWS])[:, None]
+        out = tl.sum(tl.reshape(out, [TOKENS * HEADS, ENTRIES, V_PAD]), axis=1)
+    base = tl.where(top == -float("inf"), 0.0, top)
+    out *= (1.0 / tl.where(weight == 0.0, 1.0, weight))[:, None]
+    # log2(0) = -inf where nothing is seen; times log(2) for the natural logarithm.
+    lse = (base * scale_log2 + tl.log2(weight)) * 0.6931471805599453
+    state = tl.arange(0, TOKENS * HEADS)
+    token = state // HEADS
+    head = head_tile * HEADS + state % HEADS
+    live = (first + token < queries) & (head < GROUP)
+    target = (token * KV_HEADS + kv_head) * GROUP + head
+    rows = queries * (KV_HEADS * GROUP)
+    query_row += (
+        tl.program_id(2)
+        * (tl.num_programs(1) // HEAD_TILES // KV_HEADS)
+        * rows.to(tl.int64)
+    )
+    tl.store(lse_ptr + query_row + target, lse, mask=live)
+    _store_rows(out_ptr + query_row * V, target, live, out, V, V_PAD)

@@ -1,0 +1,219 @@
+"""The Selective Attention kernels on a GPU: the numerical gate, and what only it shows.
+
+The error of the kernels against the fp32 reference may be at most twice that of the jnp
+form in the kernels' own dtype, for the output and every gradient.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks.selective import skipped_share
+from jattn.nn import SelectiveAttention
+from jattn.ops.selective import selective_attention
+from jattn.pallas.selective import triton as kernel
+from tests.gpu.test_block_sparse import assert_passes_gate, calls_kernel
+from tests.support import documents, normal, relative_rms
+
+DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
+
+# Sizes by name: dtype, T, S, K, G, H, V and what is special.
+CASES = {
+    **{f"group {g}": dict(t=257, g=g) for g in (1, 2, 3, 4, 8, 16)},
+    **{
+        f"widths {h}, {v}, {dtype}": dict(t=150, h=h, v=v, dtype=dtype)
+        for dtype in DTYPES
+        for h, v in ((64, 64), (80, 80), (96, 128), (128, 128), (192, 128), (192, 256))
+    },
+    **{f"T = {t}": dict(t=t, b=2, k=4, g=1, h=64, v=64) for t in (1, 63, 111, 1000)},
+    "an odd number of heads": dict(t=300, k=3, g=1),
+    "fp16": dict(t=1000, dtype="fp16"),
+    "fp32": dict(t=1000, dtype="fp32"),
+    "packed": dict(t=1000, b=2, packed=True),
+    "packed, queries end the keys": dict(t=500, s=1000, b=2, packed=True),
+    "queries end the keys": dict(t=100, s=1000, g=3),
+    "in chunks": dict(t=1000, b=2, chunk_bytes=2**20),
+    "in chunks, packed": dict(t=1000, b=2, packed=True, chunk_bytes=2**20),
+}
+
+
+def inputs(case, seed=0):
+    """Query, key, value and first row of F; options and cotangents of a case."""
+    sizes = dict(b=1, k=2, g=2, h=128, v=128, dtype="bf16") | case
+    b, t, k, g, h, v = (sizes[x] for x in ("b", "t", "k", "g", "h", "v"))
+    s = sizes.get("s", t)
+    arrays = normal(
+        seed, (b, t, k * g, h), (b, s, k, h), (b, s, k, v), dtype=DTYPES[sizes["dtype"]]
+    )
+    (first_row,) = normal(seed + 1, (b, s))
+    first_row = jnp.where(jnp.arange(s) < s - t, jnp.abs(first_row), 0)
+    segment_ids = (
+        documents(s // 3, s - s // 3, batch=b) if sizes.get("packed") else None
+    )
+    cotangents = normal(seed + 2, (b, t, k * g, v), (b, t, k * g))
+    return (*arrays, first_row), {"segment_ids": segment_ids}, cotangents
+
+
+@functools.partial(jax.jit, static_argnames=("implementation", "skip_error"))
+def value_and_gradients(arrays, cotangents, *, implementation, **options):
+    """Output, log-sum-exp, and gradients of query, key, value and the first row."""
+
+    def attend(*arrays):
+        return selective_attention(
+            *arrays[:3],
+            initial_mask=arrays[3],
+            implementation=implementation,
+            return_lse=True,
+            **options,
+        )
+
+    (out, lse), pullback = jax.vjp(attend, *arrays)
+    cotangents = cotangents[0].astype(out.dtype), cotangents[1]
+    return out, lse, *pullback(cotangents)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_numerical_gate(monkeypatch, name):
+    case = dict(CASES[name])
+    chunk_bytes = case.pop("chunk_bytes", kernel.CHUNK_BYTES)
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk_bytes)
+    arrays, options, cotangents = inputs(case)
+
+    def run(arrays, implementation):
+        return value_and_gradients(
+            arrays, cotangents, implementation=implementation, **options
+        )
+
+    with jax.default_matmul_precision("highest"):
+        reference = run([x.astype(jnp.float32) for x in arrays], "xla")
+    jax.clear_caches()  # CHUNK_BYTES may differ from that of an earlier trace
+    actual = run(arrays, "triton")
+    assert_passes_gate(actual, run(arrays, "xla"), reference)
+    for x, y in zip(actual, run(arrays, "triton"), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_automatic_choice_is_the_kernel():
+    arrays, options, cotangents = inputs({"t": 257})
+
+    def run(implementation):
+        return functools.partial(
+            value_and_gradients, implementation=implementation, **options
+        )
+
+    assert calls_kernel(run(None), arrays, cotangents)
+    assert not calls_kernel(run("xla"), arrays, cotangents)
+    chosen = run(None)(arrays, cotangents)
+    for x, y in zip(chosen, run("triton")(arrays, cotangents), strict=True):
+        np.testing.assert_array_equal(x, y)
+    # What the kernels do not support goes to the jnp form without a word.
+    pruned = functools.partial(selective_attention, budget=64)
+    assert not calls_kernel(pruned, *arrays[:3])
+
+
+def test_automatic_choice_in_the_module():
+    x, cotangent = normal(0, (2, 500, 96), (2, 500, 96))
+    segment_ids = documents(150, 350, batch=2)
+
+    def run(implementation):
+        mixer = SelectiveAttention(
+            num_heads=4, num_kv_heads=2, head_dim=32, implementation=implementation
+        )
+
+        @jax.jit
+        def value_and_gradients(x):
+            params = mixer.init(jax.random.key(0), x)
+
+            def attend(params, x):
+                return mixer.apply(params, x, segment_ids=segment_ids)
+
+            out, pullback = jax.vjp(attend, params, x)
+            return out, pullback(cotangent)
+
+        assert calls_kernel(value_and_gradients, x) == (implementation is None)
+        return jax.tree.leaves(value_and_gradients(x))
+
+    with jax.default_matmul_precision("highest"):
+        for actual, expected in zip(run(None), run("xla"), strict=True):
+            assert relative_rms(actual, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_skipping_stays_within_its_error(packed):
+    arrays, options, cotangents = inputs(
+        {"t": 2000, "h": 64, "v": 64, "packed": packed}
+    )
+    error = 1e-3
+    skipped, causal = kernel.skipped_tiles(
+        *arrays[:2], options["segment_ids"], 64**-0.5, error, 64
+    )
+    assert skipped / causal > 0.3
+    run = functools.partial(
+        value_and_gradients, arrays, cotangents, implementation="triton", **options
+    )
+    plain, skipping = run(), run(skip_error=error)
+    assert np.all(skipping[1] <= plain[1] + 1e-5)
+    assert np.all(skipping[1] >= plain[1] + np.log1p(-error) - 1e-5)
+    for x, y in zip(skipping, plain, strict=True):
+        assert relative_rms(x, y) <= 2 * error
+    for x, y in zip(skipping, run(skip_error=error), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_the_benchmarks_inputs_skip_three_quarters():
+    sizes = dict(batch=1, length=4096, heads=16, kv_heads=16, width=64)
+    assert skipped_share(**sizes) > 0.75
+
+
+def test_skipped_values_are_not_read():
+    (query, key, value, first_row), options, cotangents = inputs(
+        {"t": 1000, "h": 64, "v": 64}
+    )
+    run = functools.partial(
+        value_and_gradients,
+        cotangents=cotangents,
+        implementation="triton",
+        skip_error=1e-3,
+        **options,
+    )
+    plain = run((query, key, value, first_row))
+    poisoned = value.at[:, 128:192].set(jnp.nan)
+    changed = run((query, key, poisoned, first_row))
+    np.testing.assert_array_equal(changed[0][:, 896:], plain[0][:, 896:])
+
+
+def test_more_than_2_to_the_31_elements():
+    t, last = 140_000, 64
+    shapes = (1, t, 64, 256), (1, t, 4, 256), (1, t, 4, 64)
+    keys = jax.random.split(jax.random.key(0), 3)
+    query, key, value = (
+        jax.random.normal(key, shape, jnp.bfloat16)
+        for key, shape in zip(keys, shapes, strict=True)
+    )
+    assert query.size > 2**31
+    # Nothing is selected: then the last queries can be computed by themselves.
+    query = query.at[:, :, 0].set(-jnp.abs(query[:, :, 0]))
+    key = key.at[:, :, 0].set(jnp.abs(key[:, :, 0]))
+
+    def attend(query, implementation):
+        def total(query):
+            out = selective_attention(
+                query,
+                key,
+                value,
+                initial_mask=jnp.zeros((1, t)),
+                implementation=implementation,
+            )
+            return jnp.sum(out[:, -last:].astype(jnp.float32) ** 2), out[:, -last:]
+
+        gradient, out = jax.grad(total, has_aux=True)(query)
+        return out, gradient[:, -last:]
+
+    attend = jax.jit(attend, static_argnames="implementation")
+    actual = attend(query, implementation="triton")
+    expected = attend(query[:, -last:], implementation="xla")
+    for x, y in zip(actual, expected, strict=True):
+        assert relative_rms(x, y) <= 5e-3

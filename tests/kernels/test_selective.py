@@ -1,0 +1,274 @@
+"""The Selective Attention kernels in Triton's interpreter, against the jnp form."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jattn.ops._common import document_starts
+from jattn.ops.selective import selection_mask, selective_attention
+from jattn.pallas import _triton
+from jattn.pallas.selective import triton as kernel
+from jattn.pallas.selective import unsupported
+from tests.support import (
+    assert_equal_up_to_rounding,
+    documents,
+    normal,
+    shard_over_batch,
+)
+
+CASES = {
+    "one query": dict(t=1),
+    "no multiple of anything": dict(b=2, t=63, n=3, k=1, h=24, v=8),
+    "a kv head for each": dict(t=50, n=2, k=2),
+    "an odd number of heads": dict(t=40, n=3, k=3),
+    "queries end the keys": dict(b=2, t=20, s=63),
+    "packed": dict(b=2, t=40, packed=True),
+    "packed, queries end the keys": dict(t=40, s=60, packed=True),
+    "in chunks": dict(t=70, n=4, k=2, chunk_bytes=1),
+    "in chunks, packed": dict(t=50, s=70, packed=True, chunk_bytes=1),
+}
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Blocks of 32 tokens, because the interpreter is slow."""
+    tiles = {
+        "mask": kernel.Tiling(32, 32, 1, 1),
+        "forward": kernel.Tiling(32, 32, 1, 1, heads=2),
+        "query_gradient": kernel.Tiling(32, 16, 1, 1, heads=2),
+        "key_gradient": kernel.Tiling(16, 32, 1, 1, heads=2),
+        "mask_gradient": kernel.Tiling(32, 32, 1, 1),
+    }
+    monkeypatch.setattr(kernel, "BLOCK", 32)
+    monkeypatch.setattr(kernel, "tilings", lambda *_: tiles)
+
+
+def inputs(b=1, t=33, s=None, n=2, k=1, h=16, v=16, packed=False):
+    """Query, key, value and first row of F; the documents."""
+    s = s or t
+    arrays = normal(0, (b, t, n, h), (b, s, k, h), (b, s, k, v), (b, s))
+    first_row = jnp.where(jnp.arange(s) < s - t, jnp.abs(arrays.pop()), 0)
+    segment_ids = documents(s // 3, s - s // 3, batch=b) if packed else None
+    return (*arrays, first_row), segment_ids
+
+
+def value_and_gradients(attend, *arrays):
+    """Output, log-sum-exp and the gradients of a function of both."""
+
+    def loss(*arrays):
+        out, lse = attend(*arrays)
+        return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.sin(lse)), (out, lse)
+
+    gradients, outputs = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
+    return *outputs, *gradients
+
+
+def kernel_form(segment_ids=None, skip_error=0.0, scale=0.25):
+    starts = None if segment_ids is None else document_starts(segment_ids)
+
+    def attend(*arrays):
+        return kernel.attend(*arrays, starts, scale, skip_error)
+
+    return jax.jit(functools.partial(value_and_gradients, attend))
+
+
+def xla_form(segment_ids=None, scale=0.25):
+    def attend(*arrays):
+        return selective_attention(
+            *arrays[:3],
+            initial_mask=arrays[3],
+            segment_ids=segment_ids,
+            scale=scale,
+            implementation="xla",
+            return_lse=True,
+        )
+
+    return jax.jit(functools.partial(value_and_gradients, attend))
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_jnp_form(monkeypatch, case):
+    sizes = dict(CASES[case])
+    chunk_bytes = sizes.pop("chunk_bytes", kernel.CHUNK_BYTES)
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk_bytes)
+    arrays, segment_ids = inputs(**sizes)
+    actual = kernel_form(segment_ids)(*arrays)
+    expected = xla_form(segment_ids)(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+def test_the_tilings_for_a_gpu_agree():
+    arrays, _ = inputs(t=130)
+    actual = kernel_form()(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, xla_form()(*arrays))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_key_tiles_are_divided_among_programs(monkeypatch):
+    arrays, _ = inputs(t=64)
+    plain = kernel_form()(*arrays)
+    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    whole = kernel_form()(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, whole, plain)
+    assert any(np.any(x != y) for x, y in zip(whole, plain, strict=True))
+
+
+def selecting(t):
+    """Every query of the selecting head selects all keys by about 1."""
+    (query, key, value, first_row), _ = inputs(t=t)
+    query = 0.1 * query.at[:, :, 0].add(10)
+    return query, 0.1 * key + 1, value, first_row
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("packed", [False, True])
+def test_skipping_stays_within_its_error(monkeypatch, packed):
+    t, error = 96, 1e-2
+    monkeypatch.setattr(kernel, "BLOCK", 16)
+    tiles = dict.fromkeys(kernel.tilings(None, None), kernel.Tiling(16, 16, 1, 1))
+    monkeypatch.setattr(kernel, "tilings", lambda *_: tiles)
+    segment_ids = documents(80, 16) if packed else None
+    arrays = query, key, value, _ = selecting(t)
+    skipped, causal = kernel.skipped_tiles(query, key, segment_ids, 0.25, error, 16)
+    assert 0.1 < skipped / causal < 0.9
+    plain = kernel_form(segment_ids)(*arrays)
+    skipping = kernel_form(segment_ids, error)(*arrays)
+    assert np.max(np.abs(skipping[0] - plain[0])) < 2 * error * np.max(np.abs(value))
+    assert np.all(skipping[1] <= plain[1] + 1e-5)
+    assert np.all(skipping[1] >= plain[1] + np.log1p(-error))
+    for x, y in zip(skipping, plain, strict=True):
+        assert_equal_up_to_rounding(x, y, 5 * error)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_skipped_values_are_not_read():
+    query, key, value, first_row = selecting(128)
+    plain = kernel_form(None, 1e-3)(query, key, value, first_row)
+    poisoned = value.at[:, 32:64].set(jnp.nan)
+    changed = kernel_form(None, 1e-3)(query, key, poisoned, first_row)
+    np.testing.assert_array_equal(changed[0][:, 96:], plain[0][:, 96:])
+    assert np.all(np.isnan(changed[0][:, 32:64]))
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_nothing_is_skipped_that_matters():
+    # F is 0 all along: nothing may be skipped, whatever the error.
+    (query, key, value, first_row), _ = inputs(t=64)
+    query = query.at[:, :, 0].set(-jnp.abs(query[:, :, 0]))
+    key = jnp.abs(key)
+    skipped, causal = kernel.skipped_tiles(query, key, None, 0.25, 0.5, 32)
+    assert skipped == 0 < causal
+    plain = kernel_form()(query, key, value, first_row)
+    skipping = kernel_form(None, 0.5)(query, key, value, first_row)
+    jax.tree.map(np.testing.assert_array_equal, skipping, plain)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered")  # the interpreter's
+@pytest.mark.parametrize("other", [slice(64), slice(64, None)])
+def test_other_documents_may_hold_anything(other):
+    arrays, _ = inputs(t=128)
+    starts = document_starts(documents(64, 64))
+    plain = kernel.attend(*arrays, starts, 0.25)
+    poisoned = [x.at[:, other].set(jnp.nan) for x in arrays[:3]]
+    changed = kernel.attend(*poisoned, arrays[3], starts, 0.25)
+    for x, y in zip(changed, plain, strict=True):
+        x, y = (np.delete(z, other, axis=1) for z in (x, y))
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_kernels_mask_is_exact_where_nothing_is_forgotten():
+    # A value of its own for each key shows its weight; logits of all others are equal.
+    t = 40
+    (query, key, _, first_row), _ = inputs(t=t, n=2, k=1)
+    query = query.at[:, :, 1].set(0)
+    out, _ = kernel.attend(query, key, jnp.eye(t)[None, :, None], first_row, None, 1.0)
+    weights = np.asarray(out)[0, :, 1]
+    mask = np.asarray(selection_mask(query, key, scale=1.0))[0]
+    visible = np.tril(np.ones((t, t)))
+    expected = visible * np.exp(-mask)
+    expected /= expected.sum(axis=1, keepdims=True)
+    assert_equal_up_to_rounding(weights, expected)
+    i = np.arange(1, t)
+    np.testing.assert_array_equal(weights[i, i], weights[i, 0])
+    np.testing.assert_array_equal(weights[i, i], weights[i, i - 1])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_transformations_agree():
+    (*arrays, first_row), _ = inputs(b=2, t=18)
+
+    def gradients(*arrays):
+        return kernel_form()(*arrays, first_row[: arrays[0].shape[0]])
+
+    plain = gradients(*arrays)
+    mapped = jax.vmap(lambda *x: [y[0] for y in gradients(*(a[None] for a in x))])
+    sharded = shard_over_batch(kernel_form())
+    for actual in (mapped(*arrays), sharded(*arrays, first_row)):
+        for x, y in zip(actual, plain, strict=True):
+            np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_the_operation_runs_it_on_request(monkeypatch):
+    (*arrays, _), segment_ids = inputs(t=18, packed=True)
+    attend = functools.partial(selective_attention, *arrays, segment_ids=segment_ids)
+    with pytest.raises(NotImplementedError, match="it needs a GPU"):
+        attend(implementation="triton")
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    starts = document_starts(segment_ids)
+    first_row = jnp.zeros(segment_ids.shape)
+    expected = kernel.attend(*arrays, first_row, starts, 0.25)
+    actual = attend(implementation="triton", return_lse=True)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads", "width"), [(4, 4, 64), (8, 2, 128)])
+def test_compiles_to_matrix_instructions_for_hopper(
+    compile_triton, heads, kv_heads, width
+):
+    def shape(*sizes, dtype=jnp.bfloat16):
+        return jax.ShapeDtypeStruct(sizes, dtype)
+
+    kernels = compile_triton(
+        kernel_form(),
+        shape(1, 1000, heads, width),
+        shape(1, 1000, kv_heads, width),
+        shape(1, 1000, kv_heads, width),
+        shape(1, 1000, dtype=jnp.float32),
+    )
+    for name in ("forward", "query_gradient", "key_gradient", "mask_gradient"):
+        ptx, shared_bytes = kernels[f"{name}_kernel"]
+        assert "wgmma.mma_async" in ptx
+        assert shared_bytes <= 227 * 1024
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({}, None),
+        ({"query": (2, 9, 4, 300), "key": (2, 9, 2, 300)}, "at most 256 wide, not 300"),
+        ({"dtype": jnp.float64}, "must all be bf16, fp16 or fp32, not float64"),
+        ({"key": (2, 0, 2, 8)}, "an array is empty"),
+        ({"scale": -1.0}, "scale must be positive, not -1.0"),
+        ({"budget": 8}, "it has no budget"),
+        ({"memory_tau": 1.0}, "it has no memory term"),
+    ],
+)
+def test_says_what_it_does_not_support(monkeypatch, changes, reason):
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    shapes = {"query": (2, 9, 4, 8), "key": (2, 9, 2, 8), "value": (2, 9, 2, 8)}
+    dtype = changes.get("dtype", jnp.bfloat16)
+    arrays = [
+        jax.ShapeDtypeStruct(changes.get(name, shape), dtype)
+        for name, shape in shapes.items()
+    ]
+    options = {"scale": 1.0, "budget": None, "memory_tau": None}
+    options |= {name: changes[name] for name in options if name in changes}
+    actual = unsupported(*arrays, **options)
+    assert actual == reason or reason in actual
