@@ -7,6 +7,10 @@ from jattn.pallas import _device, _mosaic, _triton
 
 MAX_WIDTH = 256
 
+# Of fewer keys, the gradient of a logit is the difference of two numbers that 16 bits
+# round differently: with a single pair nothing but that is left.
+MIN_KEYS_OF_16_BITS = 32
+
 # Query heads in a tile of the Mosaic kernel, and the least keys.
 HEADS = 64
 MIN_KEYS = 64
@@ -45,6 +49,9 @@ def unsupported(
         return "an array is empty"
     if scale <= 0:
         return f"scale must be positive, not {scale}"
+    keys = max(few_key.shape[1], many_key.shape[1])
+    if query.dtype.itemsize < 4 and keys < MIN_KEYS_OF_16_BITS:
+        return f"the gradients of {keys} keys need more than 16 bits"
     if max(x.size // x.shape[0] for x in arrays[1:]) >= 2**31:
         return "it numbers the keys' elements of a batch row in 32 bits"
     return None

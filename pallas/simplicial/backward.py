@@ -192,7 +192,7 @@ class _Launch:
         tokens = constants["TOKENS"]
         head_tiles = triton.cdiv(constants["GROUP"], constants["HEADS"])
         rows = (self.kv_heads, head_tiles, self.few_window)
-        row_bytes = (self.key_width + self.value_width) * self.query.dtype.itemsize
+        row_bytes = (self.key_width + self.value_width) * 4
         nbytes = self.batch * self.queries * math.prod(rows) * row_bytes
         length = triton.cdiv(self.queries, triton.cdiv(nbytes, PARTIAL_BYTES))
         tiles = triton.cdiv(length, tokens)
@@ -200,8 +200,12 @@ class _Launch:
         chunks = triton.cdiv(self.queries, length)
         heads = self.query.shape[2:]
         of_chunk = [
-            jax.ShapeDtypeStruct((self.batch, length, *shape), self.query.dtype)
-            for shape in (heads, (*rows, self.key_width), (*rows, self.value_width))
+            jax.ShapeDtypeStruct((self.batch, length, *shape), dtype)
+            for shape, dtype in (
+                (heads, self.query.dtype),
+                ((*rows, self.key_width), jnp.float32),
+                ((*rows, self.value_width), jnp.float32),
+            )
         ]
 
         def chunk(sums, first):
@@ -579,9 +583,7 @@ def _sum_kernel(
         row = (batch * length + position - first) * KV_HEADS + kv_head
         for head_tile in range(HEAD_TILES):
             partial = (row * HEAD_TILES + head_tile) * few_window + back
-            total += _load_rows(partials_ptr, partial, inside, WIDTH, PADDED).to(
-                tl.float32
-            )
+            total += _load_rows(partials_ptr, partial, inside, WIDTH, PADDED)
     _store_rows(totals_ptr, key_row, key < few_keys, total, WIDTH, PADDED)
 
 

@@ -322,7 +322,7 @@ def _item(index, sizes: _Sizes, visible) -> _Item:
     """The item of that index; neighbours in time have windows in common."""
     row, position = _divmod(index, sizes.queries)
     batch, head_tile = _divmod(row, sizes.heads // HEADS)
-    kv_head, _ = _divmod(head_tile, sizes.heads // sizes.kv_heads // HEADS)
+    kv_head = _divmod(head_tile, sizes.heads // sizes.kv_heads // HEADS)[0]
     few_end = position + (sizes.few - sizes.queries + 1)
     many_end = position + (sizes.many - sizes.queries + 1)
 
@@ -381,8 +381,7 @@ def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
 
 def _divmod(x, divisor: int):
     """Quotient and remainder of an x that is not negative."""
-    divisor = np.int32(divisor)
-    return lax.div(x, divisor), lax.rem(x, divisor)
+    return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
 
 
 def _cdiv(x, divisor: int):
@@ -431,7 +430,7 @@ class _Producer:
             slot, few_slot = slots
             few_slot = self._load_few(item, 0, few_slot)
             first = _many_first(item, index, tiling.step)
-            _, shift = _divmod(first, ALIGNMENT)
+            shift = _divmod(first, ALIGNMENT)[1]
             for array in (self.many_key, self.many_value):
                 for i in range(tiling.blocks):
                     row = pl.multiple_of(first - shift + i * tiling.columns, ALIGNMENT)
@@ -533,7 +532,7 @@ class _Consumer:
         def attend_step(index, carry, partial):
             return self._attend_step(item, index, index == steps - 1, carry, partial)
 
-        whole, _ = _divmod(seen, self.tiling.step)
+        whole = _divmod(seen, self.tiling.step)[0]
         carry = (
             *slots,
             _filled(0, (HEADS, width), MATRIX),

@@ -224,17 +224,18 @@ def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
     ("changes", "reason"),
     [
         ({}, None),
-        ({"query": (2, 9, 4, 300)}, "at most 256 wide, not 300"),
-        ({"few_value": (2, 9, 2, 300)}, "at most 256 wide, not 300"),
+        ({"query": (2, 40, 4, 300)}, "at most 256 wide, not 300"),
+        ({"few_value": (2, 40, 2, 300)}, "at most 256 wide, not 300"),
         ({"dtype": jnp.float64}, "must all be bf16, fp16 or fp32, not float64"),
         ({"many_key": (2, 0, 2, 8)}, "an array is empty"),
         ({"scale": -1.0}, "scale must be positive, not -1.0"),
+        ({"few_key": (2, 9, 2, 8), "many_key": (2, 31, 2, 8)}, "gradients of 31 keys"),
         ({"many_key": (2, 2**28, 2, 8)}, "32 bits"),
     ],
 )
 def test_says_what_it_does_not_support(changes, reason):
     names = ("query", "few_key", "few_value", "many_key", "many_value")
-    shapes = {name: (2, 9, 4 if name == "query" else 2, 8) for name in names}
+    shapes = {name: (2, 40, 4 if name == "query" else 2, 8) for name in names}
     arrays = {
         name: jax.ShapeDtypeStruct(
             changes.get(name, shape), changes.get("dtype", jnp.bfloat16)
