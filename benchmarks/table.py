@@ -85,7 +85,8 @@ def details(results: dict[str, Any]) -> dict[str, str]:
 def summaries(results: dict[str, Any]) -> dict[str, str]:
     """A table for each operation, a row for each shape, and where dense attention wins.
 
-    Milliseconds, in brackets how many times faster than dense attention.
+    Milliseconds, in brackets how many times faster than dense attention or, where that
+    does other work, useful TFLOP/s.
     """
     tables = {}
     for op, shapes in results["shapes"].items():
@@ -95,10 +96,18 @@ def summaries(results: dict[str, Any]) -> dict[str, str]:
         if "backward" in directions:  # then the last is their sum, or nearly
             directions = directions[:2]
         names = [f"{direction}: {cases[0]}" for direction in directions]
-        header = ["ms", *(x for name in names for x in (name, *cases[1:]))]
+        comparable = ops.REFERENCE in cases
+        header = ["ms" if comparable else "ms (TFLOP/s)"]
+        header += [x for name in names for x in (name, *cases[1:])]
         lines = _header(header, left=1)
         for shape in shapes:
-            cells = [_time(rows, shape, y, x) for x in directions for y in cases]
+            cells = []
+            for direction, case in itertools.product(directions, cases):
+                cell = _time(rows, shape, case, direction)
+                row = rows.get((shape, case, direction), {})
+                if not comparable and "milliseconds" in row:
+                    cell += f" ({row['useful_flops_per_second'] / 1e12:.3g})"
+                cells.append(cell)
             lines.append(_line([shape, *cells]))
         slower = []
         for case, direction in itertools.product(cases, directions):
