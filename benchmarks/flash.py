@@ -12,7 +12,7 @@ import jattn
 from benchmarks.dense import attention_flops, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.ops.nsa import num_windows
+from jattn.ops.compressed import num_windows
 from jattn.pallas.flash.triton import SplitTiling, Tiling
 
 GROUPED = dict(heads=64, kv_heads=4)

@@ -14,7 +14,8 @@ from benchmarks.block_sparse import SCHEMES
 from benchmarks.dense import cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.ops.nsa import num_windows, select_blocks_by_lse
+from jattn.ops.compressed import num_windows
+from jattn.ops.nsa import select_blocks_by_lse
 from jattn.pallas.selection.triton import RowTiling, Tiling
 
 KERNEL_SIZE, STRIDE = 32, 16

@@ -10,6 +10,9 @@ os.environ.setdefault(
     "--xla_llvm_disable_expensive_passes=true",
 )
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Pallas' interpreter blocks threads of XLA's pool at barriers. With few of them, all
+# may wait for a computation that none is left to run.
+os.environ.setdefault("PJRT_NPROC", str(max(8, os.cpu_count() or 1)))
 
 import hypothesis
 import jax

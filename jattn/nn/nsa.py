@@ -12,6 +12,7 @@ from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common, nsa
+from jattn.ops.compressed import nsa_windows, num_windows
 from jattn.ops.nsa_decode import cached_attention
 
 Pair = tuple[jax.Array, jax.Array]
@@ -142,7 +143,7 @@ class NativeSparseAttention(nn.Module):
             )
 
         return NSACache(
-            compressed=empty(nsa.num_windows(max_length, **self._windows())),
+            compressed=empty(num_windows(max_length, **self._windows())),
             tail=empty(self.kernel_size),
             selected=empty(max_length),
             window=empty(min(max_length, self.window_size)),
@@ -217,7 +218,7 @@ class NativeSparseAttention(nn.Module):
     def _attend(self, query, pairs, gates, compress, positions, segment_ids):
         """Attention among the tokens of one call."""
         raw, selected, window = pairs
-        windows = tuple(nsa.nsa_windows(x, **self._windows()) for x in raw)
+        windows = tuple(nsa_windows(x, **self._windows()) for x in raw)
         starts = positions[:, :: self.stride][:, : windows[0].shape[1]]
         out, blocks = nsa.native_sparse_attention(
             query,
@@ -301,7 +302,7 @@ class NativeSparseAttention(nn.Module):
         """
         b, slots = tokens[0].shape[:2]
         before, after = (
-            nsa.num_windows(x, **self._windows()) for x in (cache.length, length)
+            num_windows(x, **self._windows()) for x in (cache.length, length)
         )
         # T new tokens complete at most this many windows in any row.
         count = -(-max(1, slots - self.kernel_size) // self.stride)

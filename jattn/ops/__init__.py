@@ -1,6 +1,7 @@
 """What each scheme computes: pure functions of arrays, without parameters."""
 
 from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.compressed import compressed_attention, nsa_windows
 from jattn.ops.dense import dense_attention
 from jattn.ops.long_conv import long_conv
 from jattn.ops.moba import (
@@ -14,17 +15,16 @@ from jattn.ops.monarch import (
     monarch_from_dense,
     monarch_matmul,
 )
-from jattn.ops.nsa import (
-    compressed_attention,
-    native_sparse_attention,
-    nsa_select_blocks,
-    nsa_windows,
-)
+from jattn.ops.nsa import native_sparse_attention, nsa_select_blocks
 from jattn.ops.selective import (
     selection_mask,
     selective_attention,
     selective_eviction,
     selective_memory,
+)
+from jattn.ops.selective_sharded import (
+    selective_attention_over_heads,
+    selective_attention_over_sequence,
 )
 from jattn.ops.simplicial import two_simplicial_attention
 
@@ -45,6 +45,8 @@ __all__ = [
     "nsa_windows",
     "selection_mask",
     "selective_attention",
+    "selective_attention_over_heads",
+    "selective_attention_over_sequence",
     "selective_eviction",
     "selective_memory",
     "two_simplicial_attention",

@@ -14,131 +14,15 @@ import jax.numpy as jnp
 
 from jattn.ops import _common
 from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.compressed import (
+    check_compressed,
+    check_windows,
+    compressed_attention,
+    query_range,
+    visible_windows,
+)
 from jattn.ops.dense import dense_attention
-from jattn.pallas import flash, selection
-
-
-def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax.Array:
-    """The windows of tokens that compression turns into one token each.
-
-    Window i holds the tokens ``i * stride`` to ``i * stride + kernel_size - 1`` (the
-    argument of φ in the paper's equation 7). Windows that would reach past the end do
-    not exist: M = ⌊(S - kernel_size) / stride⌋ + 1, or 0 if S < kernel_size.
-    Compression by mean pooling is ``nsa_windows(key).mean(axis=2)``.
-
-    Args:
-      x: [B, S, K, D], keys or values.
-      kernel_size: Tokens in a window.
-      stride: Tokens between the starts of windows, a divisor of kernel_size.
-
-    Returns:
-      [B, M, kernel_size, K, D].
-
-    Raises:
-      ValueError: x has another rank, or the sizes do not fit.
-    """
-    sizes = _common.bind_shapes(("x", x, "BSKD"))
-    _check_windows(kernel_size, stride)
-    b, s, k, d = (sizes[letter] for letter in "BSKD")
-    count = num_windows(s, kernel_size, stride)
-    cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
-    shifted = [cells[:, i : i + count] for i in range(kernel_size // stride)]
-    return jnp.concatenate(shifted, axis=2)
-
-
-def compressed_attention(
-    query: jax.Array,
-    key_cmp: jax.Array,
-    value_cmp: jax.Array,
-    *,
-    kernel_size: int = 32,
-    stride: int = 16,
-    length: int | None = None,
-    scale: float | None = None,
-    segment_ids: jax.Array | None = None,
-    implementation: _common.Implementation | None = None,
-    return_lse: bool = False,
-) -> _common.AttentionOutput:
-    """Attention to compressed tokens: ``o_t = Σ_i softmax_i(scale q_t·k_i) v_i``.
-
-    Compressed token i stands for the tokens ``i * stride`` to
-    ``i * stride + kernel_size - 1``. Query t sees it where the last of them is at most
-    t and all of them are in t's document; a window across two documents is seen by
-    nobody. A query that sees nothing, as the first kernel_size - 1 do, gives 0. When
-    T < S the queries are the last T positions.
-
-    Args:
-      query: [B, T, N, H].
-      key_cmp: [B, M, K, H], where K divides N, one for each of `nsa_windows`.
-      value_cmp: [B, M, K, V].
-      kernel_size: Tokens in a window.
-      stride: Tokens between the starts of windows, a divisor of kernel_size.
-      length: Tokens S of the sequence that was compressed; if None the length of
-        segment_ids, or T.
-      scale: Factor of the logits; H ** -0.5 if None.
-      segment_ids: int [B, S], the document of each token. Documents are contiguous.
-      implementation: "xla", "pallas", "triton", or None for the fastest that
-        supports the call.
-      return_lse: Also return the log-sum-exp of the logits.
-
-    Returns:
-      [B, T, N, V] in value_cmp's dtype, and with return_lse also [B, T, N] in fp32
-      (natural log, -inf where nothing is seen; fp64 for fp64 inputs).
-
-    Raises:
-      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
-        tokens, or stride does not divide kernel_size.
-      NotImplementedError: The requested implementation does not support the call.
-    """
-    sizes = _common.bind_shapes(
-        ("query", query, "BTNH"),
-        ("key_cmp", key_cmp, "BMKH"),
-        ("value_cmp", value_cmp, "BMKV"),
-    )
-    _common.check_floating(query=query, key_cmp=key_cmp, value_cmp=value_cmp)
-    _check_windows(kernel_size, stride)
-    length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
-    scale = _common.default_scale(scale, sizes["H"])
-    chosen = _common.choose_implementation(
-        "compressed_attention",
-        implementation,
-        [
-            (
-                "triton",
-                flash.unsupported(
-                    query, key_cmp, value_cmp, stride=stride, scale=scale
-                ),
-            )
-        ],
-    )
-    positions, starts = _query_range(query, length, segment_ids)
-    if chosen == "triton":
-        # Triton is an optional dependency.
-        from jattn.pallas.flash import triton as kernel
-
-        results: _common.AttentionOutput = kernel.attend(
-            query,
-            key_cmp,
-            value_cmp,
-            None if segment_ids is None else starts,
-            kernel_size=kernel_size,
-            stride=stride,
-            window=None,
-            length=length,
-            scale=scale,
-        )
-        return results if return_lse else results[0]
-    out, lse = attend_windows(
-        query,
-        key_cmp,
-        value_cmp,
-        query_positions=positions,
-        document_starts=starts,
-        kernel_size=kernel_size,
-        stride=stride,
-        scale=scale,
-    )
-    return (out, lse) if return_lse else out
+from jattn.pallas import selection
 
 
 def nsa_select_blocks(
@@ -304,7 +188,7 @@ def native_sparse_attention(
     every_block = block_indices is None and num_blocks * block_size >= sizes["S"]
     if every_block:
         block_indices = _visible_blocks(
-            *_query_range(query, sizes["S"], segment_ids),
+            *query_range(query, sizes["S"], segment_ids),
             (sizes["K"], num_blocks),
             block_size,
         )
@@ -343,11 +227,6 @@ def native_sparse_attention(
     return tuple(result) if len(result) > 1 else result[0]
 
 
-def num_windows(length, kernel_size: int, stride: int):
-    """How many windows lie within the first `length` tokens, an int or int array."""
-    return (length >= kernel_size) * ((length - kernel_size) // stride + 1)
-
-
 def gated_sum(outputs: tuple[jax.Array, ...], gates: jax.Array) -> jax.Array:
     """Sums outputs, each [B, T, N, V], with gates [B, T, N, len(outputs)] in fp32."""
     dtype = _common.statistics_dtype(*outputs, gates)
@@ -356,48 +235,6 @@ def gated_sum(outputs: tuple[jax.Array, ...], gates: jax.Array) -> jax.Array:
         for i, out in enumerate(outputs)
     )
     return jnp.asarray(total, outputs[0].dtype)
-
-
-def attend_windows(
-    query: jax.Array,
-    key_cmp: jax.Array,
-    value_cmp: jax.Array,
-    *,
-    query_positions: jax.Array,
-    document_starts: jax.Array,
-    kernel_size: int,
-    stride: int,
-    scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """Attention to compressed tokens from explicit positions, as decoding needs it.
-
-    Args:
-      query: [B, T, N, H].
-      key_cmp: [B, M, K, H]; what lies past the queries is not read.
-      value_cmp: [B, M, K, V].
-      query_positions: int [B, T]; negative for a query that sees nothing.
-      document_starts: int [B, T], the first position of each query's document.
-      kernel_size: Tokens in a window.
-      stride: Tokens between the starts of windows.
-      scale: Factor of the logits.
-
-    Returns:
-      Output [B, T, N, V] and log-sum-exp [B, T, N].
-    """
-    b, t, n, _ = query.shape
-    m = key_cmp.shape[1]
-
-    def attend(query, positions, starts):
-        visible = _visible_windows(positions, starts, m, kernel_size, stride)
-        return _common.masked_attention(
-            query, key_cmp, value_cmp, visible[:, None, None], scale=scale
-        )
-
-    itemsize = _common.statistics_dtype(query, key_cmp, value_cmp).itemsize
-    chunk = _common.chunk_length(t, b * n * m * itemsize)
-    return _common.map_query_chunks(
-        attend, query, query_positions, document_starts, chunk=chunk
-    )
 
 
 def select_blocks_by_lse(
@@ -444,7 +281,7 @@ def select_blocks_by_lse(
     sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
     _common.check_floating(query=query, key_cmp=key_cmp)
     check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
-    length = _check_compressed(sizes, kernel_size, stride, length, segment_ids)
+    length = check_compressed(sizes, kernel_size, stride, length, segment_ids)
     scale = _common.default_scale(scale, sizes["H"])
     reason = selection.unsupported(
         query,
@@ -467,7 +304,7 @@ def select_blocks_by_lse(
         "num_local": num_local,
         "scale": scale,
     }
-    positions, starts = _query_range(query, length, segment_ids)
+    positions, starts = query_range(query, length, segment_ids)
     if chosen == "triton":
         # Triton is an optional dependency.
         from jattn.pallas.selection import triton as kernel
@@ -527,7 +364,7 @@ def select_blocks(
             key_cmp,
             precision=jax.lax.Precision.HIGHEST,
         )
-        visible = _visible_windows(positions, starts, m, kernel_size, stride)
+        visible = visible_windows(positions, starts, m, kernel_size, stride)
         probabilities, _ = _common.masked_softmax(logits, visible[:, None, None])
         scores = _block_scores(
             jnp.sum(probabilities, axis=2), count, kernel_size, stride, block_size
@@ -568,13 +405,6 @@ def _block_scores(weights, count, kernel_size, stride, block_size):
     )
 
 
-def _visible_windows(positions, starts, num_windows, kernel_size, stride):
-    """True [B, T, M] where a window lies between the query's document start and it."""
-    first = stride * jnp.arange(num_windows, dtype=jnp.int32)
-    last = first + kernel_size - 1
-    return (first >= starts[..., None]) & (last <= positions[..., None])
-
-
 def _visible_blocks(positions, starts, lists_shape, block_size):
     """All blocks [B, T, *lists_shape] from a query's document start up to its own."""
     first, own = starts // block_size, positions // block_size
@@ -583,51 +413,9 @@ def _visible_blocks(positions, starts, lists_shape, block_size):
     return jnp.broadcast_to(blocks[:, :, None], (*positions.shape, *lists_shape))
 
 
-def _query_range(query, length, segment_ids):
-    """Positions and document starts int [B, T] of queries that end a sequence."""
-    b, t = query.shape[:2]
-    positions = jnp.broadcast_to(jnp.arange(length - t, length), (b, t))
-    if segment_ids is None:
-        return positions, jnp.zeros_like(positions)
-    return positions, _common.document_starts(segment_ids)[:, length - t :]
-
-
-def _check_compressed(sizes, kernel_size, stride, length, segment_ids):
-    """The sequence's length S, once M, T and segment_ids are found to fit it."""
-    b, t, m = sizes["B"], sizes["T"], sizes["M"]
-    _common.group_size(sizes["N"], sizes["K"])
-    _common.check_positive(length=length)
-    if length is None:
-        length = t if segment_ids is None else segment_ids.shape[-1]
-    _common.check_segment_ids(segment_ids, b, length)
-    if t > length:
-        raise ValueError(
-            f"query has T={t} positions and the sequence only S={length}; the queries "
-            "are the last T positions of the sequence, so T may not exceed S"
-        )
-    needed = num_windows(length, kernel_size, stride)
-    if m != needed:
-        raise ValueError(
-            f"key_cmp has M={m} compressed tokens; a sequence of length={length} has "
-            f"{needed} with kernel_size={kernel_size} and stride={stride} (length says "
-            "how long the sequence is where there are fewer queries)"
-        )
-    return length
-
-
-def _check_windows(kernel_size, stride):
-    """Raises ValueError unless windows are made of whole strides."""
-    _common.check_positive(kernel_size=kernel_size, stride=stride)
-    if kernel_size % stride:
-        raise ValueError(
-            f"stride must divide kernel_size; got stride={stride}, "
-            f"kernel_size={kernel_size}"
-        )
-
-
 def check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local):
     """Raises ValueError for sizes of a selection that contradict each other."""
-    _check_windows(kernel_size, stride)
+    check_windows(kernel_size, stride)
     _common.check_positive(
         block_size=block_size, num_blocks=num_blocks, num_local=num_local
     )

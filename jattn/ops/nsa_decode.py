@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jattn.ops import _common, nsa
 from jattn.ops.block_sparse import attend_block_positions, block_sparse_attention
+from jattn.ops.compressed import attend_windows, num_windows
 from jattn.ops.dense import attend_positions, dense_attention
 from jattn.pallas import block_sparse, flash, nsa_decode
 
@@ -162,7 +163,7 @@ def _attend_branches(
             "query_positions": positions,
             "document_starts": jnp.zeros_like(positions),
         }
-        from_compressed, _ = nsa.attend_windows(query, *compressed, **sight, **sizes)
+        from_compressed, _ = attend_windows(query, *compressed, **sight, **sizes)
         blocks = nsa.select_blocks(
             query, compressed[0], length=capacity, **sight, **sizes, **selection
         )
@@ -253,7 +254,7 @@ def _attend_moved(
     def take(x, index):
         return x.at[rows, index].get(mode="clip")
 
-    windows = jnp.arange(nsa.num_windows(length, kernel_size, stride), dtype=jnp.int32)
+    windows = jnp.arange(num_windows(length, kernel_size, stride), dtype=jnp.int32)
     windows = windows - (move // stride)[:, None]
     key, value = (take(x, windows) for x in compressed)
     moved_query = take(query, jnp.arange(queries, dtype=jnp.int32) - first[:, None])

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattn.ops.compressed import compressed_attention, num_windows
 from jattn.ops.dense import dense_attention
-from jattn.ops.nsa import compressed_attention, num_windows
 from jattn.pallas import tuning
 from jattn.pallas.flash import triton as kernel
 from tests.support import documents, normal, relative_rms

@@ -14,6 +14,7 @@ import pytest
 from jattn.nn import NativeSparseAttention
 from jattn.ops import nsa
 from jattn.ops.block_sparse import attend_block_positions
+from jattn.ops.compressed import attend_windows
 from jattn.ops.dense import attend_positions
 from tests.kernels.test_nsa_decode import arrays_of, compiled, make, run, unread
 from tests.support import normal, relative_rms
@@ -77,7 +78,7 @@ def reference(arrays, blocks, sizes):
             "window": sizes["window_size"],
         }
     outputs = (
-        nsa.attend_windows(arrays["query"], *arrays["compressed"], **sight)[0],
+        attend_windows(arrays["query"], *arrays["compressed"], **sight)[0],
         attend_block_positions(
             arrays["query"],
             *arrays["selected"],

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jattn.ops import _common, nsa
+from jattn.ops.compressed import num_windows, query_range, visible_windows
 from jattn.ops.moba import moba_select_blocks
 from jattn.pallas.selection import triton as kernel
 from tests.support import documents, normal, temporary_bytes
@@ -81,7 +82,7 @@ def nsa_scores(query, key_cmp, positions, starts, count, sizes):
         precision=jax.lax.Precision.HIGHEST,
     )
     kernel_size, stride = sizes["kernel_size"], sizes["stride"]
-    visible = nsa._visible_windows(positions, starts, m, kernel_size, stride)
+    visible = visible_windows(positions, starts, m, kernel_size, stride)
     weights, _ = _common.masked_softmax(logits, visible[:, None, None])
     scores = nsa._block_scores(
         jnp.sum(weights, axis=2), count, kernel_size, stride, sizes["block_size"]
@@ -178,7 +179,7 @@ def test_nsa_blocks(monkeypatch, name):
             return_lse=True,
             **windows,
         )
-    positions, starts = nsa._query_range(query, length, segment_ids)
+    positions, starts = query_range(query, length, segment_ids)
     scores = nsa_scores(query, key_cmp, positions, starts, count, sizes)
     for given in (lse, None):
         actual = select(query, key_cmp, given, implementation="triton")
@@ -223,7 +224,7 @@ def test_moba_blocks(monkeypatch, name):
 
 def test_ties_go_to_the_lower_index():
     query = jnp.ones((1, 5000, 4, 64), jnp.bfloat16)
-    key_cmp = jnp.ones((1, nsa.num_windows(5000, 32, 16), 1, 64), jnp.bfloat16)
+    key_cmp = jnp.ones((1, num_windows(5000, 32, 16), 1, 64), jnp.bfloat16)
     select = functools.partial(nsa.nsa_select_blocks, query, key_cmp, **SIZES)
     blocks = select(implementation="triton")
     np.testing.assert_array_equal(blocks[0, -1, 0], [0, 1, 2, 3, 4, 5, 77, 78])
@@ -254,7 +255,7 @@ def test_automatic_choice_is_the_kernel():
 
 def test_unseen_memory_does_not_matter():
     query, _ = inputs(t=3000, g=4)
-    (key_cmp,) = normal(1, (1, nsa.num_windows(3000, 32, 16), 2, 128))
+    (key_cmp,) = normal(1, (1, num_windows(3000, 32, 16), 2, 128))
     key_cmp = key_cmp.astype(jnp.bfloat16)
     select = functools.partial(
         nsa.nsa_select_blocks,
@@ -277,7 +278,7 @@ def test_memory_is_bounded():
 
     t = 65536
     query = shape(1, t, 64, 128)
-    key_cmp = shape(1, nsa.num_windows(t, 32, 16), 4, 128)
+    key_cmp = shape(1, num_windows(t, 32, 16), 4, 128)
     select = functools.partial(nsa.nsa_select_blocks, implementation="triton")
     # Beside the scores of a chunk there are the log-sum-exp and the lists.
     allowed = kernel.SCORE_BYTES + 3 * 4 * t * 64
@@ -295,14 +296,14 @@ def test_more_than_2_to_the_31_elements():
     keys = jax.random.split(jax.random.key(0), 2)
     query = jax.random.normal(keys[0], (1, t, 64, 256), jnp.bfloat16)
     assert query.size > 2**31
-    shape = (1, nsa.num_windows(t, 32, 16), 4, 256)
+    shape = (1, num_windows(t, 32, 16), 4, 256)
     key_cmp = jax.random.normal(keys[1], shape, jnp.bfloat16)
     select = functools.partial(nsa.nsa_select_blocks, length=t, **SIZES)
     actual = jax.jit(functools.partial(select, implementation="triton"))(query, key_cmp)
     # Queries may be the last of the keys: only those are compared.
     query = query[:, -last:]
     expected = jax.jit(functools.partial(select, implementation="xla"))(query, key_cmp)
-    positions, starts = nsa._query_range(query, t, None)
+    positions, starts = query_range(query, t, None)
     count = -(-t // SIZES["block_size"])
     scores = nsa_scores(query, key_cmp, positions, starts, count, SIZES)
     assert_same_but_for_ties(actual[:, -last:], expected, scores)

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jattn.ops._common import document_starts
+from jattn.ops.compressed import compressed_attention, num_windows
 from jattn.ops.dense import dense_attention
-from jattn.ops.nsa import compressed_attention, num_windows
 from jattn.pallas import _triton, tuning
 from jattn.pallas.flash import triton as kernel
 from jattn.pallas.flash import unsupported

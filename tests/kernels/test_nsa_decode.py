@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jattn.nn import NativeSparseAttention, cache
-from jattn.ops import nsa
+from jattn.ops.compressed import num_windows
 from jattn.ops.nsa_decode import cached_attention
 from jattn.pallas import _triton, nsa_decode, tuning
 from jattn.pallas.nsa_decode import triton as kernel
@@ -60,7 +60,7 @@ def make(lengths, t=1, k=1, g=2, h=16, v=16, capacity=None, dtype=jnp.float32, *
     b, capacity = len(lengths), capacity or max(lengths) + 9
     ring = t == 1
     slots = min(capacity, sizes["window_size"]) + (0 if ring else t)
-    windows = nsa.num_windows(capacity, sizes["kernel_size"], sizes["stride"])
+    windows = num_windows(capacity, sizes["kernel_size"], sizes["stride"])
     query, gates, *arrays = normal(
         0,
         (b, t, k * g, h),
@@ -106,9 +106,7 @@ def run(arguments, implementation="xla"):
 def unread(arguments):
     """The same with NaN wherever no query may look."""
     positions = jnp.max(arguments["positions"], axis=1, keepdims=True)  # [B, 1]
-    windows = nsa.num_windows(
-        positions + 1, arguments["kernel_size"], arguments["stride"]
-    )
+    windows = num_windows(positions + 1, arguments["kernel_size"], arguments["stride"])
     end = arguments["window_end"][:, None]
 
     def poison(pair, seen):

@@ -14,8 +14,6 @@ from jattn.pallas.simplicial import mosaic as kernel
 from jattn.pallas.simplicial import unsupported_mosaic
 from tests.support import normal, relative_rms
 
-WINDOWS = {"few_window": 3, "many_window": 100}
-
 # One thread block goes through all items, and every ring through all of its slots.
 SMALL = kernel.Tiling(columns=64, blocks=1, slots=3, few=2, programs=1)
 
@@ -118,12 +116,10 @@ def test_the_operation_runs_it_on_request(monkeypatch):
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
     monkeypatch.setattr(_device, "multiprocessors", lambda: 1)
     query, key, value, key2, value2 = arrays
-    expected = kernel.forward(
-        query, key2, value2, key, value, None, **WINDOWS, scale=1 / 8
-    )
-    for implementation in ("pallas", None):
-        actual = attend(implementation=implementation)
-        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+    expected = run(query, key2, value2, key, value)
+    with tuning.force("simplicial_forward_mosaic", SMALL):
+        actual = attend(implementation=None)
+    jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
 def shape(*sizes, dtype=jnp.bfloat16):
