@@ -10,6 +10,7 @@ from jattn.train.config import (
     MonarchConfig,
     NSAConfig,
     OptimizerConfig,
+    SelectiveConfig,
     SimplicialConfig,
     TrainConfig,
     UserError,
@@ -17,8 +18,10 @@ from jattn.train.config import (
 from jattn.train.data import Dataset, load_tokenizer
 from jattn.train.evaluate import Evaluation, make_evaluator
 from jattn.train.loop import TrainedModel, TrainResult, load_run, train
+from jattn.train.presets import PRESETS
 
 __all__ = [
+    "PRESETS",
     "DataConfig",
     "Dataset",
     "Evaluation",
@@ -29,6 +32,7 @@ __all__ = [
     "MonarchConfig",
     "NSAConfig",
     "OptimizerConfig",
+    "SelectiveConfig",
     "SimplicialConfig",
     "TrainConfig",
     "TrainResult",

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 import jattn.models
 from jattn.train.config import ModelConfig, TrainConfig, UserError
-from jattn.train.data import bos_id, mask_id
+from jattn.train.data import PADDING_SEGMENT, bos_id, mask_id
 
 
 def build_model(config: TrainConfig, vocab_size: int) -> nn.Module:
@@ -50,6 +50,19 @@ def model_errors() -> Iterator[None]:
 def parameter_count(params: Any) -> int:
     """How many numbers are trained, from parameters or their shapes."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def context_cache_bytes(model: Any, config: TrainConfig) -> int:
+    """Bytes of the cache of one sequence as long as the context.
+
+    Args:
+      model: A language model that continues text.
+      config: Of its run.
+    """
+    cache = jax.eval_shape(
+        lambda: model.init_cache(1, config.data.context_length, jnp.dtype(config.dtype))
+    )
+    return jattn.nn.cache_bytes(cache)
 
 
 def _decoder(config: TrainConfig, vocab_size: int) -> nn.Module:
@@ -153,10 +166,16 @@ def _hidden(model: ModelConfig) -> int:
 def _mixer_options(config: TrainConfig, mixers: str) -> dict[str, dict[str, Any]]:
     """What mixers need beyond heads and features, by name."""
     model = config.model
+    budgets = model.selective.budgets
     sizes = {
         "nsa": dataclasses.asdict(model.nsa),
         "moba": dataclasses.asdict(model.moba),
         "simplicial": dataclasses.asdict(model.simplicial),
+        "selective": {
+            "budget": budgets[0] if len(budgets) == 1 else budgets or None,
+            "memory_tau": model.selective.memory_tau,
+            "padding_segment": PADDING_SEGMENT,
+        },
         "monarch": {
             "filter_order": model.monarch.filter_order,
             "max_length": config.data.context_length,

@@ -1,23 +1,28 @@
-"""The command line: jattn train, compare, generate, eval."""
+"""The command line: jattn train, compare, prune, generate, eval."""
 
+import argparse
 import dataclasses
 import os
 import signal
 import sys
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import rich.console
 import rich.table
 import tyro
 
 from jattn.models import Sampling
+from jattn.train.budgets import Budgets, budgets_path, with_budgets
+from jattn.train.build import build_model, context_cache_bytes
 from jattn.train.compare import CompareConfig, Comparison, compare
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.data import Dataset
-from jattn.train.evaluate import make_evaluator
+from jattn.train.evaluate import Evaluation, make_evaluator
 from jattn.train.generate import encode_prompt, stream_text
-from jattn.train.loop import load_run, train
+from jattn.train.loop import TrainedModel, load_run, train
+from jattn.train.presets import PRESETS
+from jattn.train.prune import PruneConfig, PruneStep, prune
 from jattn.train.report import COLUMNS, table_rows
 
 _Run = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
@@ -72,41 +77,74 @@ class EvalConfig:
             raise UserError(f"batches must be greater than 0; got {self.batches}")
 
 
-_Command = Annotated[
-    Annotated[
-        TrainConfig,
-        tyro.conf.subcommand(
-            "train", description="Train a model, or go on with a run."
-        ),
+def _command(preset: TrainConfig) -> Any:
+    """What the arguments are read as, with training's defaults from a preset."""
+    return Annotated[
+        Annotated[
+            TrainConfig,
+            tyro.conf.subcommand(
+                "train",
+                default=preset,
+                description="Train a model, or go on with a run. The options start "
+                "from the values below, or from those of a named configuration with "
+                f"--preset {{{','.join(PRESETS)}}}.",
+            ),
+        ]
+        | Annotated[
+            CompareConfig,
+            tyro.conf.subcommand(
+                "compare",
+                description="Train every scheme on the same text and write a report.",
+            ),
+        ]
+        | Annotated[
+            PruneConfig,
+            tyro.conf.subcommand(
+                "prune",
+                description="Find the smallest caches with which a run keeps a "
+                "validation loss.",
+            ),
+        ]
+        | Annotated[
+            GenerateConfig,
+            tyro.conf.subcommand(
+                "generate", description="Continue a prompt with a trained model."
+            ),
+        ]
+        | Annotated[
+            EvalConfig,
+            tyro.conf.subcommand(
+                "eval", description="Measure a trained model on held-out text."
+            ),
+        ],
+        tyro.conf.OmitSubcommandPrefixes,
     ]
-    | Annotated[
-        CompareConfig,
-        tyro.conf.subcommand(
-            "compare",
-            description="Train every scheme on the same text and write a report.",
-        ),
-    ]
-    | Annotated[
-        GenerateConfig,
-        tyro.conf.subcommand(
-            "generate", description="Continue a prompt with a trained model."
-        ),
-    ]
-    | Annotated[
-        EvalConfig,
-        tyro.conf.subcommand(
-            "eval", description="Measure a trained model on held-out text."
-        ),
-    ],
-    tyro.conf.OmitSubcommandPrefixes,
-]
+
+
+def _take_preset(arguments: Sequence[str]) -> tuple[TrainConfig, Sequence[str]]:
+    """The configuration that ``train --preset`` names, and the other arguments.
+
+    It has to be known before all others are read, because it has their defaults.
+    """
+    if not arguments or arguments[0] != "train":
+        return TrainConfig(), arguments
+    parser = argparse.ArgumentParser(
+        prog="jattn train", add_help=False, allow_abbrev=False
+    )
+    parser.add_argument("--preset", choices=list(PRESETS))
+    known, rest = parser.parse_known_args(arguments[1:])
+    preset = PRESETS[known.preset] if known.preset else TrainConfig()
+    return preset, ["train", *rest]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or 2 for what a user can mend."""
     try:
+        preset, arguments = _take_preset(
+            sys.argv[1:] if arguments is None else arguments
+        )
         config = tyro.cli(
-            _Command,
+            _command(preset),
             prog="jattn",
             description="Train, compare and sample from models of sequence mixers.",
             args=arguments,
@@ -116,6 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 _train(config)
             case CompareConfig():
                 _compare(config)
+            case PruneConfig():
+                _prune(config)
             case GenerateConfig():
                 _generate(config)
             case EvalConfig():
@@ -182,6 +222,37 @@ def _table(comparison: Comparison) -> rich.table.Table:
     return table
 
 
+def _prune(config: PruneConfig) -> None:
+    state = None
+    for state in prune(config):
+        if state.lowered is None:
+            print(
+                f"step {state.step}: validation loss {state.loss:.4f} nats per token, "
+                f"limit {state.limit:.4f}"
+            )
+            print(
+                f"{'lowered':>8} {'loss':>8} {'cache':>7} {'saved bytes':>13}  budgets"
+            )
+        print(_prune_row(state), flush=True)
+    assert state is not None
+    print(
+        f"kept in {budgets_path(config.run)}: {state.share:.1%} of the tokens, "
+        f"{state.cache_bytes:,} bytes instead of {state.unpruned_bytes:,}"
+    )
+
+
+def _prune_row(state: PruneStep) -> str:
+    lowered = "" if state.lowered is None else f"layer {state.lowered}"
+    return (
+        f"{lowered:>8} {state.loss:8.4f} {state.share:7.1%} "
+        f"{state.unpruned_bytes - state.cache_bytes:13,}  {_shown(state.budgets)}"
+    )
+
+
+def _shown(budgets: Budgets) -> str:
+    return " ".join("all" if budget is None else str(budget) for budget in budgets)
+
+
 def _generate(config: GenerateConfig) -> None:
     try:
         sampling = Sampling(config.temperature, config.top_k, config.top_p)
@@ -222,6 +293,29 @@ def _evaluate(config: EvalConfig) -> None:
         f"{found.loss:.4f} nats per token over {found.tokens:,} tokens "
         f"(unigram entropy {data.entropies.unigram:.3f}, bigram entropy "
         f"{data.entropies.bigram:.3f} bits per byte)"
+    )
+    if "selective_memory" in found.auxiliary:
+        print(_memory(run, found))
+
+
+def _memory(run: TrainedModel, found: Evaluation) -> str:
+    """What the selective layers of a run need to remember."""
+    needed = (
+        f"selective layers: memory term {found.auxiliary['selective_memory']:.4f} of "
+        "the tokens"
+    )
+    if not hasattr(run.model, "budget_layers"):
+        return needed
+    context = run.config.data.context_length
+    layers = len(run.model.budget_layers())
+    budgets = run.config.model.selective.budgets or (None,)
+    budgets = budgets * layers if len(budgets) == 1 else budgets
+    share = sum(min(budget or context, context) for budget in budgets) / layers
+    unpruned = build_model(with_budgets(run.config, ()), run.tokenizer.vocab_size)
+    return (
+        f"{needed}; budgets {_shown(budgets)}, {share / context:.1%} of the context; "
+        f"cache of {context_cache_bytes(run.model, run.config):,} bytes, "
+        f"{context_cache_bytes(unpruned, run.config):,} without budgets"
     )
 
 

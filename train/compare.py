@@ -10,12 +10,16 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import jattn
 from jattn.models import Sampling
-from jattn.train.build import build_model, model_errors, parameter_count
+from jattn.train.build import (
+    build_model,
+    context_cache_bytes,
+    model_errors,
+    parameter_count,
+)
 from jattn.train.config import (
     DataConfig,
     MegabyteConfig,
@@ -26,9 +30,10 @@ from jattn.train.config import (
     UserError,
 )
 from jattn.train.data import Tokenizer, load_tokenizer
+from jattn.train.files import write_atomically
 from jattn.train.generate import PIECE, encode_prompt, stream_text
 from jattn.train.loop import StopSignal, TrainResult, train
-from jattn.train.report import SchemeResult, write_atomically, write_report
+from jattn.train.report import SchemeResult, write_report
 from jattn.train.step import init_params
 
 # Numbers of parameters may differ by this part of the first scheme's.
@@ -265,9 +270,6 @@ def _measure(
 ) -> _Finished:
     assert trained.validation is not None
     context = trained.config.data.context_length
-    cache = jax.eval_shape(
-        lambda: trained.model.init_cache(1, context, jnp.dtype(trained.config.dtype))
-    )
     sample, decode_speed = continue_prompt(
         trained.model, trained.params, tokenizer, config.prompt, context
     )
@@ -282,7 +284,7 @@ def _measure(
         validation_bits_per_byte=trained.validation.bits_per_byte,
         training_tokens_per_second=trained.tokens_per_second,
         decode_tokens_per_second=decode_speed,
-        cache_bytes=jattn.nn.cache_bytes(cache),
+        cache_bytes=context_cache_bytes(trained.model, trained.config),
         peak_bytes=trained.peak_bytes,
         skipped_steps=trained.skipped,
         curve=tuple((int(step), value) for step, value in curve),

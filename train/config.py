@@ -108,6 +108,31 @@ class SimplicialConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class SelectiveConfig:
+    """Sizes of Selective Attention.
+
+    Attributes:
+      budgets: Tokens a layer holds, one number for all selective layers or one for
+        each; whole contexts if there are none. The paper trains without, and `jattn
+        prune` finds them afterwards.
+      memory_tau: Selection from which a key counts as forgotten in the memory loss.
+    """
+
+    budgets: tuple[int | None, ...] = ()
+    memory_tau: float = 1.0
+
+    def __post_init__(self):
+        """Checks the values; see `UserError`."""
+        _positive(self, "model.selective.", "memory_tau")
+        for budget in self.budgets:
+            if budget is not None and budget < 2:
+                raise UserError(
+                    "model.selective.budgets must be at least 2, for the first token "
+                    f"and the current one; got {budget}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
 class MonarchConfig:
     """Sizes of Monarch Mixer layers; their filters are as long as the context.
 
@@ -197,6 +222,7 @@ class ModelConfig:
       nsa: Sizes of native sparse attention.
       moba: Sizes of mixture of block attention.
       simplicial: Sizes of 2-simplicial attention.
+      selective: Sizes of Selective Attention.
       monarch: Sizes of Monarch Mixer layers.
       megabyte: Sizes of MEGABYTE.
     """
@@ -217,6 +243,7 @@ class ModelConfig:
     nsa: NSAConfig = NSAConfig()
     moba: MoBAConfig = MoBAConfig()
     simplicial: SimplicialConfig = SimplicialConfig()
+    selective: SelectiveConfig = SelectiveConfig()
     monarch: MonarchConfig = MonarchConfig()
     megabyte: MegabyteConfig = MegabyteConfig()
 

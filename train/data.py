@@ -19,6 +19,9 @@ from jattn.train.corpus import (
     split_corpus,
 )
 
+# The segment of padding; those of documents are greater.
+PADDING_SEGMENT = 0
+
 
 class Batch(NamedTuple):
     """Rows of packed documents.
@@ -26,7 +29,7 @@ class Batch(NamedTuple):
     Attributes:
       tokens: int32 [B, T].
       segment_ids: int32 [B, T], 1, 2, ... along a row, one for each document in it;
-        0 where there is only padding.
+        PADDING_SEGMENT where there is only padding.
       num_bytes: int32 [B, T], how many bytes of text a token stands for; 0 for
         padding.
     """

@@ -1,7 +1,7 @@
 """How well a model predicts held-out text."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.train.config import TrainConfig
-from jattn.train.data import Batch
+from jattn.train.data import PADDING_SEGMENT, Batch
 from jattn.train.objective import (
     EVAL_MASKED,
     Sums,
@@ -26,21 +26,33 @@ class Evaluation(NamedTuple):
       loss: Nats per measured token.
       bits_per_byte: Of the text those tokens stand for.
       tokens: How many tokens were measured.
+      auxiliary: What the model adds to its loss, by name: means over layers and over
+        rows that hold text.
     """
 
     loss: float
     bits_per_byte: float
     tokens: int
+    auxiliary: dict[str, float]
 
 
-def summarize(sums: Sums) -> Evaluation:
+def summarize(sums: Sums, auxiliary: Mapping[str, float]) -> Evaluation:
     """Means of totals; NaN where nothing was measured."""
     nats, tokens, num_bytes = (float(x) for x in jax.device_get(sums))
     return Evaluation(
         loss=nats / tokens if tokens else math.nan,
         bits_per_byte=nats / math.log(2) / num_bytes if num_bytes else math.nan,
         tokens=round(tokens),
+        auxiliary=dict(auxiliary),
     )
+
+
+class _Totals(NamedTuple):
+    """Of some rows: what was measured, auxiliary losses times rows, rows with text."""
+
+    sums: Sums
+    auxiliary: dict[str, Any]
+    rows: Any
 
 
 def make_evaluator(
@@ -55,7 +67,7 @@ def make_evaluator(
     masked = config.model.is_masked
 
     @jax.jit
-    def totals(params, batch: Batch, index) -> Sums:
+    def totals(params, batch: Batch, index) -> _Totals:
         if masked:
             rng = jax.random.fold_in(jax.random.key(0), index)
             examples = masked_examples(
@@ -66,13 +78,20 @@ def make_evaluator(
         parts = jax.tree.map(
             lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), examples
         )
-        sums = jax.lax.map(
-            lambda part: measure(model, params, part, masked=masked)[0], parts
-        )
-        return jax.tree.map(jnp.sum, sums)
+
+        def part_totals(part):
+            sums, auxiliary = measure(model, params, part, masked=masked)
+            rows = jnp.sum(jnp.any(part.segment_ids != PADDING_SEGMENT, axis=1))
+            return _Totals(sums, {k: v * rows for k, v in auxiliary.items()}, rows)
+
+        return jax.tree.map(jnp.sum, jax.lax.map(part_totals, parts))
 
     def evaluate(params: Any, batches: Sequence[Batch]) -> Evaluation:
-        sums = [totals(params, batch, index) for index, batch in enumerate(batches)]
-        return summarize(jax.tree.map(lambda *x: sum(x), *sums))
+        found = [totals(params, batch, index) for index, batch in enumerate(batches)]
+        total = jax.device_get(jax.tree.map(lambda *x: sum(x), *found))
+        rows = float(total.rows) or math.nan
+        return summarize(
+            total.sums, {k: float(v) / rows for k, v in total.auxiliary.items()}
+        )
 
     return evaluate

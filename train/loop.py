@@ -17,6 +17,7 @@ import grain
 import jax
 import numpy as np
 
+from jattn.train.budgets import read_budgets, with_budgets
 from jattn.train.build import build_model, model_errors, parameter_count
 from jattn.train.checkpoint import Checkpoints
 from jattn.train.config import TrainConfig, UserError
@@ -201,7 +202,7 @@ class TrainedModel:
 
 
 def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
-    """Loads the model of a run.
+    """Loads the model of a run, with the budgets `jattn prune` found if it did.
 
     Args:
       out: Folder of the run, its config.out.
@@ -209,7 +210,7 @@ def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
         latest if none has one.
 
     Raises:
-      UserError: There is no such checkpoint.
+      UserError: There is no such checkpoint, or the file of budgets is damaged.
     """
     folder = Path(out) / "checkpoints"
     if not folder.is_dir():
@@ -223,6 +224,9 @@ def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise UserError(f"{out} does not hold {wanted}; there are: {there}")
         config = checkpoints.restore_config(step)
+        budgets = read_budgets(out, step)
+        if budgets is not None:
+            config = with_budgets(config, budgets)
         tokenizer = load_tokenizer(config.data.tokenizer)
         model = build_model(config, tokenizer.vocab_size)
         with model_errors():
@@ -291,12 +295,13 @@ def _open_logs(
 
 def _means(window: Window) -> dict[str, float]:
     """Means over the steps of a window, NaN if all of them were skipped."""
-    training = summarize(window.sums)
     steps = float(window.steps) or math.nan
+    auxiliary = {name: float(x) / steps for name, x in window.auxiliary.items()}
+    training = summarize(window.sums, auxiliary)
     return {
         "loss": training.loss,
         "bits_per_byte": training.bits_per_byte,
-        **{name: float(total) / steps for name, total in window.auxiliary.items()},
+        **training.auxiliary,
         "grad_norm": float(window.grad_norm) / steps,
     }
 

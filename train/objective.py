@@ -1,5 +1,7 @@
 """What is minimised: cross-entropy of the next token, or of masked tokens."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -82,7 +84,12 @@ class Sums(NamedTuple):
 
 
 def measure(
-    model: nn.Module, params: Any, examples: Examples, *, masked: bool
+    model: nn.Module,
+    params: Any,
+    examples: Examples,
+    *,
+    masked: bool = False,
+    variables: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Runs the model.
 
@@ -92,12 +99,14 @@ def measure(
       examples: What it is measured on.
       masked: Whether the model fills in masks, or scores tokens by what precedes
         them.
+      variables: Collections the model has besides its parameters, such as those of
+        `jattn.models.DecoderLM.budget_variables`.
 
     Returns:
       The totals, and the auxiliary losses the model sows, averaged over layers.
     """
     logits, sown = model.apply(
-        {"params": params},
+        {"params": params, **variables},
         examples.inputs,
         segment_ids=examples.segment_ids,
         method="__call__" if masked else "score",

@@ -1,17 +1,15 @@
 """The report of a comparison: one HTML file that needs no network, and its plots."""
 
 import base64
-import contextlib
 import dataclasses
 import html
 import io
-import os
 import pathlib
 from collections.abc import Mapping, Sequence
 
 import matplotlib.figure
 
-from jattn.train.config import UserError
+from jattn.train.files import write_atomically
 
 MEBIBYTE = 2**20
 
@@ -172,26 +170,6 @@ def write_report(
     path = directory / "report.html"
     write_atomically(path, page.encode())
     return path
-
-
-def write_atomically(path: pathlib.Path, content: bytes) -> None:
-    """Writes a file so that readers see the old content or the new, never a part.
-
-    Raises:
-      UserError: The disk is full, or the folder cannot be written to.
-    """
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        # There may be no such folder, and a full disk does not keep from removing.
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise UserError(f"{path} cannot be written: {error.strerror}") from error
 
 
 STYLE = """

@@ -75,7 +75,8 @@ class BlockStack(nn.Module):
         sequence of names or module classes of the same protocol. A pattern shorter
         than the stack repeats.
       mixer_options: Further fields of the mixers by name, such as
-        ``{"moba": {"block_size": 64}}``.
+        ``{"moba": {"block_size": 64}}``. A "budget" may be a sequence, one number (or
+        None) for each layer of that mixer in turn.
       feed_forward: "swiglu", or "block_diagonal" for that of Monarch Mixer models.
       num_experts: Routed experts of each feed-forward layer, which are SwiGLUs; 0 for
         a dense one.
@@ -138,6 +139,12 @@ class BlockStack(nn.Module):
                     f"mixer_options of {mixer!r} has unknown {sorted(unknown)}; known "
                     f"are {sorted(field_names(mixer_class(mixer)))}"
                 )
+            budget, layers = options.get("budget"), len(self._layers_of(mixer))
+            if isinstance(budget, tuple) and len(budget) != layers:
+                raise ValueError(
+                    f"mixer_options of {mixer!r} has {len(budget)} budgets for "
+                    f"{layers} layers; give one number, or one for each layer"
+                )
         super().__post_init__()
 
     def pattern(self) -> tuple[Mixer, ...]:
@@ -156,6 +163,25 @@ class BlockStack(nn.Module):
                 options[mixer] = {**options.get(mixer, {}), "rope_base": None}
         return options
 
+    def budget_layers(self) -> tuple[int, ...]:
+        """The layers whose mixer has a budget, in order."""
+        return tuple(
+            layer
+            for layer in range(self.num_layers)
+            if "budget" in field_names(mixer_class(self._name(layer)))
+        )
+
+    def budget_variables(self, budgets: jax.Array) -> dict[str, Any]:
+        """The collection "budgets" that overrides the budgets of a call.
+
+        Args:
+          budgets: int32 [L], one for each of `budget_layers`.
+        """
+        return {
+            f"layer_{layer}": {"mixer": {"budget": budget}}
+            for layer, budget in zip(self.budget_layers(), budgets, strict=True)
+        }
+
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = jnp.float32
     ) -> tuple[Any, ...]:
@@ -167,8 +193,11 @@ class BlockStack(nn.Module):
 
     def _mixer(self, layer: int) -> Any:
         """The mixer of a layer, bound to no parent."""
-        name = self.pattern()[layer % len(self.pattern())]
+        name = self._name(layer)
         cls = mixer_class(name)
+        options = dict(self.mixer_options.get(name, {}))
+        if isinstance(options.get("budget"), tuple):
+            options["budget"] = options["budget"][self._layers_of(name).index(layer)]
         shared = {
             field: getattr(self, field)
             for field in (
@@ -177,7 +206,15 @@ class BlockStack(nn.Module):
             )
             if field in field_names(cls)
         }
-        return cls(**shared | dict(self.mixer_options.get(name, {})), parent=None)
+        return cls(**shared | options, parent=None)
+
+    def _name(self, layer: int) -> Mixer:
+        """The mixer of a layer as the pattern has it."""
+        return self.pattern()[layer % len(self.pattern())]
+
+    def _layers_of(self, mixer: Mixer) -> list[int]:
+        """The layers of a mixer, in order."""
+        return [layer for layer in range(self.num_layers) if self._name(layer) == mixer]
 
     def _feed_forward(self) -> nn.Module:
         """A feed-forward layer, bound to no parent."""

@@ -34,7 +34,8 @@ class DecoderLM(nn.Module):
       num_kv_heads: Key-value heads; num_heads if None.
       mixers: Mixer of each layer, such as "dense dense dense simplicial"; the pattern
         repeats.
-      mixer_options: Further fields of the mixers by name.
+      mixer_options: Further fields of the mixers by name, such as
+        ``{"selective": {"budget": (256, 64, 64, None)}}``, a budget for each layer.
       feed_forward: "swiglu", or "block_diagonal" for that of Monarch Mixer models.
       num_experts: Routed experts of each feed-forward layer; 0 for a dense one.
       experts_per_token: How many of them a token goes to.
@@ -84,6 +85,24 @@ class DecoderLM(nn.Module):
     ) -> tuple[Any, ...]:
         """An empty cache for up to max_length tokens a row, bos_id included."""
         return self._blocks(parent=None).init_cache(batch_size, max_length, dtype)
+
+    def budget_layers(self) -> tuple[int, ...]:
+        """The layers whose mixer has a budget, in order."""
+        return self._blocks(parent=None).budget_layers()
+
+    def budget_variables(self, budgets: jax.Array) -> dict[str, Any]:
+        """Variables that override the budgets of a call without a cache.
+
+        They go beside the parameters, as in
+        ``model.apply({"params": params, **model.budget_variables(budgets)}, tokens)``,
+        and being arrays need no compilation of their own.
+
+        Args:
+          budgets: int32 [L], one for each of `budget_layers`; one that is as long as
+            the context keeps all of it.
+        """
+        layers = self._blocks(parent=None).budget_variables(budgets)
+        return {"budgets": {"blocks": layers}}
 
     def score(
         self, tokens: jax.Array, segment_ids: jax.Array | None = None

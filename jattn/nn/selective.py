@@ -37,10 +37,13 @@ class SelectiveAttention(nn.Module):
     """Multi-head attention in which head 0 decides what later queries forget.
 
     Selection has no parameters of its own. Where the collection "losses" is mutable,
-    the module sows "selective_memory" into it: the mean over the batch of
-    ``max_i M_i / T`` (see `jattn.selective_memory`), to be averaged over layers and
-    added to the loss with a small weight (0.1 in the paper) so that the model learns
-    to need few keys. Padding counts like any other document of its row.
+    the module sows "selective_memory" into it: the mean over rows of
+    ``max_i M_i / n`` (see `jattn.selective_memory`) with n tokens in a row, to be
+    averaged over layers and added to the loss with a small weight (0.1 in the paper)
+    so that the model learns to need few keys.
+
+    A variable "budget" in the collection "budgets", an int32 scalar, takes the place
+    of the field in calls without a cache: one compiled function tries any budget.
 
     Attributes:
       num_heads: Query heads N.
@@ -50,6 +53,8 @@ class SelectiveAttention(nn.Module):
         most forgotten are dropped for good. None to keep all. The paper trains
         without one and then searches for the smallest budget of each layer.
       memory_tau: F from which a key counts as forgotten in the memory loss.
+      padding_segment: Id in segment_ids of what is padding and not a document, which
+        the memory loss leaves out; None if every token is of a document.
       rope_base: Base of the rotary embedding; None for no positions.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
@@ -61,6 +66,7 @@ class SelectiveAttention(nn.Module):
     num_kv_heads: int | None = None
     budget: int | None = None
     memory_tau: float = 1.0
+    padding_segment: int | None = None
     rope_base: float | None = 10_000.0
     dtype: Any = None
     param_dtype: Any = jnp.float32
@@ -122,7 +128,8 @@ class SelectiveAttention(nn.Module):
 
         if cache is None:
             out = self._attend(query, key, value, segment_ids)
-        elif self.budget is None:
+        elif self.budget is None or cache.position.shape[1] < self.budget:
+            # A cache of fewer slots than the budget has one for each of its tokens.
             out, cache = _attend_cached(query, key, value, positions, cache)
         else:
             out, cache = _attend_pruned(query, key, value, positions, cache)
@@ -132,20 +139,63 @@ class SelectiveAttention(nn.Module):
     def _attend(self, query, key, value, segment_ids):
         """Attention within the call; sows the memory loss where it is collected."""
         collect = self.is_mutable_collection("losses") and not self.is_initializing()
-        out = selective_attention(
-            query,
-            key,
-            value,
-            budget=self.budget,
-            memory_tau=self.memory_tau if collect else None,
-            segment_ids=segment_ids,
-            implementation=self.implementation,
-        )
-        if collect:
-            out, memory = out
-            worst = jnp.max(memory, axis=-1)  # [B]
-            self.sow("losses", "selective_memory", jnp.mean(worst) / memory.shape[1])
+        memory_tau = self.memory_tau if collect else None
+        if self.has_variable("budgets", "budget"):
+            out, memory = _attend_budget(
+                query,
+                key,
+                value,
+                segment_ids,
+                budget=self.get_variable("budgets", "budget"),
+                memory_tau=memory_tau,
+            )
+        else:
+            out = selective_attention(
+                query,
+                key,
+                value,
+                budget=self.budget,
+                memory_tau=memory_tau,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+            )
+            out, memory = out if collect else (out, None)
+        if memory is not None:
+            self.sow("losses", "selective_memory", self._loss(memory, segment_ids))
         return out
+
+    def _loss(self, memory, segment_ids):
+        """The memory loss of M [B, T]: ``max_i M_i / n``, mean over rows with text."""
+        if segment_ids is None or self.padding_segment is None:
+            return jnp.mean(jnp.max(memory, axis=1)) / memory.shape[1]
+        real = segment_ids != self.padding_segment
+        count = jnp.sum(real, axis=1)  # [B]
+        most = jnp.max(jnp.where(real, memory, 0), axis=1)
+        return jnp.sum(most / jnp.maximum(count, 1)) / jnp.maximum(
+            jnp.sum(count > 0), 1
+        )
+
+
+def _attend_budget(query, key, value, segment_ids, *, budget, memory_tau):
+    """Output and M of selective attention with a budget that is an array."""
+    b, t = query.shape[:2]
+    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+    starts = jnp.zeros_like(positions)
+    if segment_ids is not None:
+        starts = _common.document_starts(segment_ids)
+    out, _, memory, _ = attend_positions(
+        query,
+        key,
+        value,
+        jnp.zeros((b, t)),
+        query_positions=positions,
+        query_starts=starts,
+        key_positions=positions,
+        scale=_common.default_scale(None, query.shape[-1]),
+        budget=budget,
+        memory_tau=memory_tau,
+    )
+    return out, memory
 
 
 def _attend_cached(query, key, value, positions, cache):

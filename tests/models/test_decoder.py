@@ -111,6 +111,48 @@ def test_decode_equals_parallel_with_every_mixer(mixer):
     assert_equal_up_to_rounding(np.concatenate(outputs, axis=1), whole)
 
 
+def with_budgets(budget, **options):
+    return make(
+        mixers="selective dense",
+        num_layers=3,
+        mixer_options={"selective": {"budget": budget}},
+        **options,
+    )
+
+
+def test_each_layer_has_a_budget_of_its_own():
+    model = with_budgets([3, 7])
+    params = init(model)
+    fed = tokens(length=12)
+    whole = apply(model, params, fed)
+    for split in ([12], [1] * 12):
+        cache, outputs = model.init_cache(2, 12), []
+        assert [layer.key.shape[1] for layer in cache] == [3, 12, 7]
+        for part in np.split(fed, np.cumsum(split)[:-1], axis=1):
+            logits, cache = apply(model, params, part, cache=cache)
+            outputs.append(logits)
+        assert_equal_up_to_rounding(np.concatenate(outputs, axis=1), whole)
+    unlike = apply(with_budgets([7, 3]), params, fed)
+    assert np.max(np.abs(whole - unlike)) > 1e-3
+
+
+def test_budgets_may_be_given_with_the_parameters():
+    model = with_budgets([2, None], remat=True)
+    params = init(model)
+    row, segments = tokens(length=12), documents(4, 8, batch=2)
+    assert model.budget_layers() == (0, 2)
+
+    @jax.jit
+    @chex.assert_max_traces(n=1)
+    def found(budgets):
+        variables = model.budget_variables(budgets)
+        return score(model, {**params, **variables}, row, segments)
+
+    for budgets in ([3, 12], [12, 5]):
+        expected = score(with_budgets(budgets), params, row, segments)
+        assert_equal_up_to_rounding(found(np.array(budgets)), expected)
+
+
 def test_rows_of_different_length_decode_as_each_alone():
     model = small("dense simplicial", num_experts=3)
     params = init(model)
@@ -252,6 +294,13 @@ def test_shards_over_the_batch():
         ({"mixers": "dense dense dense"}, "names 3 layers .* num_layers=2"),
         ({"mixer_options": {"sparse": {}}}, "unknown mixer 'sparse'"),
         ({"mixer_options": {"dense": {"size": 1}}}, "'dense' has unknown .*'size'"),
+        (
+            {
+                "mixers": "dense selective",
+                "mixer_options": {"selective": {"budget": [3, 4]}},
+            },
+            "'selective' has 2 budgets for 1 layers; give one number",
+        ),
         ({"hidden": 0}, "hidden must be a positive integer; got 0"),
         ({"vocab_size": -1}, "vocab_size must be a positive integer; got -1"),
         ({"bos_id": -1}, "bos_id must be a token id, 0 or more; got -1"),

@@ -48,6 +48,18 @@ def test_a_budget_is_all_the_cache_holds():
         assert jattn.nn.cache_bytes(cache) == 3 * (slots * slot + 4)
 
 
+def test_a_budget_that_is_never_reached_changes_nothing():
+    x, params = initialised(make())
+    for mixer in (make(), make(budget=14)):
+        apply = jax.jit(
+            lambda x, cache, mixer=mixer: mixer.apply(params, x, cache=cache)
+        )
+        out, cache = apply(x, mixer.init_cache(2, 13))
+        if mixer.budget is None:
+            expected = out, cache
+    jax.tree.map(np.testing.assert_array_equal, (out, cache), expected)
+
+
 @pytest.mark.parametrize("split", [(13,), (6, 1, 6)])
 def test_the_cache_holds_what_the_budget_left(split):
     mixer = make(num_heads=2, budget=5, rope_base=None)
@@ -165,6 +177,57 @@ def test_the_memory_loss_is_sown_for_whom_it_trains():
         gradient["value"]["kernel"],
     ):
         np.testing.assert_array_equal(kernel, 0)
+
+
+def slow_memory_loss(query, key, segments, tau):
+    """``max_i M_i / n`` of each row with its n tokens that are not in segment 0.
+
+    ``M_i = i - sum_k min(F_ik, tau) / tau``, i counting a document's tokens from 1.
+    """
+    query, key = (np.asarray(x, np.float64)[:, :, 0] for x in (query, key))
+    losses = []
+    for q, k, row in zip(query, key, segments, strict=True):
+        memory = [0.0]
+        for document in sorted(set(row.tolist()) - {0}):
+            (places,) = np.nonzero(row == document)
+            first = places[0]
+            for i in places:
+                most = i - first + 1
+                for j in places[places <= i]:
+                    forgotten = sum(
+                        max(q[t] @ k[j] / np.sqrt(q.shape[-1]), 0)
+                        for t in range(j + 1, i)
+                        if j != first
+                    )
+                    most -= min(forgotten, tau) / tau
+                memory.append(most)
+        if np.any(row != 0):
+            losses.append(max(memory) / np.sum(row != 0))
+    return np.mean(losses)
+
+
+@pytest.mark.parametrize("tau", [1.0, 3.0])
+def test_the_memory_loss_leaves_padding_out(tau):
+    mixer = make(num_heads=2, rope_base=None, memory_tau=tau, padding_segment=0)
+    x, params = initialised(mixer, batch=3)
+    segments = np.array(
+        [[1] * 5 + [2] * 3 + [0] * 5, [1] * 13, [0] * 13], dtype=np.int32
+    )
+
+    @jax.jit
+    def loss(x):
+        _, state = mixer.apply(params, x, segment_ids=segments, mutable=["losses"])
+        return state["losses"]["selective_memory"][0]
+
+    query, key = (
+        np.einsum("btf,fnh->btnh", x, params["params"][name]["kernel"])
+        for name in ("query", "key")
+    )
+    expected = slow_memory_loss(query, key, segments, tau)
+    assert float(loss(x)) == pytest.approx(expected, rel=1e-5)
+    gradient = jax.grad(loss)(x)
+    np.testing.assert_array_equal(gradient[segments == 0], 0)
+    assert np.any(gradient[0, :8] != 0)
 
 
 def test_training_on_the_memory_loss_lowers_it():

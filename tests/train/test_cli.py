@@ -220,7 +220,7 @@ def test_evaluation_that_cannot_be(refused, trained):
     assert "does not exist" in refused("eval", trained, "--paths", "/no/such/text")
 
 
-@pytest.mark.parametrize("command", ["generate", "eval"])
+@pytest.mark.parametrize("command", ["generate", "eval", "prune"])
 def test_folders_without_a_run(refused, command, tmp_path):
     assert "holds no run" in refused(command, str(tmp_path))
     assert "holds no run" in refused(command, str(tmp_path / "nothing"))
@@ -312,7 +312,17 @@ def test_every_option_is_described():
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ("", ["train", "Train a model, or go on", "compare", "generate", "eval"]),
+        (
+            "",
+            [
+                "train",
+                "Train a model, or go on",
+                "compare",
+                "prune",
+                "generate",
+                "eval",
+            ],
+        ),
         ("train", ["--model.moba.top-k INT", "its own included. (default: 3)"]),
         (
             "compare",
@@ -325,6 +335,7 @@ def test_every_option_is_described():
         ),
         ("generate", ["RUN", "--top-p", "(default: 0.8)"]),
         ("eval", ["RUN", "--batches"]),
+        ("prune", ["RUN", "--baseline", "(default: 0.0)"]),
     ],
 )
 def test_help(command, parts, capsys, monkeypatch):

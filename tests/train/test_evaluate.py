@@ -8,6 +8,7 @@ import pytest
 
 from jattn.train import build_model, make_evaluator
 from jattn.train.data import Batch
+from jattn.train.objective import causal_examples, measure
 from jattn.train.step import init_params
 from tests.train import runs
 
@@ -63,3 +64,29 @@ def test_empty_rows_do_not_count(setup, batches):
     empty = Batch(*(np.zeros_like(x) for x in batches[0]))
     assert evaluate(params, [*batches, empty]) == evaluate(params, batches)
     assert np.isnan(evaluate(params, [empty]).loss)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_auxiliary_losses_are_means_over_rows_with_text(batches, accumulation):
+    config = runs.config("", scheme="selective", accumulation=accumulation)
+    model = build_model(config, 256)
+    params = jax.jit(lambda: init_params(model, config))()
+    # Two rows of the last batch are padding.
+    last = Batch(*(x * np.array([1, 1, 0, 0])[:, None] for x in batches[2]))
+    found = make_evaluator(model, config, 256)(params, [*batches[:2], last])
+
+    @jax.jit
+    def memory(row):
+        examples = causal_examples(jax.tree.map(lambda x: x[None], row))
+        return measure(model, params, examples)[1]["selective_memory"]
+
+    rows = [
+        Batch(*(x[i] for x in batch))
+        for batch, count in zip(batches, (4, 4, 2), strict=True)
+        for i in range(count)
+    ]
+    alone = [float(memory(row)) for row in rows]
+    assert found.auxiliary == {
+        "selective_memory": pytest.approx(np.mean(alone), rel=1e-5)
+    }
+    assert 0 < found.auxiliary["selective_memory"] < 1

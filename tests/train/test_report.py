@@ -4,7 +4,7 @@ import html.parser
 
 import pytest
 
-from jattn.train import UserError, report
+from jattn.train import report
 
 RESULTS = [
     report.SchemeResult(
@@ -72,19 +72,3 @@ def test_text_is_escaped_and_plots_are_kept(tmp_path):
     assert "20 &amp; more" in text.read_text()
     for name in ("curves.png", "trade_off.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
-
-
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
-    path = tmp_path / "result.json"
-    report.write_atomically(path, b"old")
-
-    def full(handle):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr("os.fsync", full)
-    with pytest.raises(
-        UserError, match=r"result.json cannot be written: No space left"
-    ):
-        report.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert [p.name for p in tmp_path.iterdir()] == ["result.json"]

@@ -9,10 +9,10 @@ import numpy as np
 import optax
 import pytest
 
-from jattn.train import ExpertsConfig, UserError, build_model
+from jattn.train import ExpertsConfig, SelectiveConfig, UserError, build_model
 from jattn.train.config import SCHEMES
 from jattn.train.data import Batch
-from jattn.train.objective import masked_examples
+from jattn.train.objective import causal_examples, masked_examples, measure
 from jattn.train.optimizer import make_optimizer
 from jattn.train.step import init_state, make_train_step
 from tests.train import runs
@@ -196,6 +196,39 @@ def test_the_memory_loss_has_its_weight():
     # The memory of a part is the mean over its rows, so parts of equal size add up.
     chex.assert_trees_all_close(parts.window, some.window, rtol=1e-4)
     chex.assert_trees_all_close(parts.params, some.params, atol=2e-5)
+
+
+def test_the_memory_loss_is_minimised_with_its_weight_and_tau():
+    """What it adds to a step of plain gradient descent is its gradient, times 0.3."""
+
+    def change(weight, tau):
+        setup = Setup(
+            scheme="selective",
+            memory_loss_weight=weight,
+            selective=SelectiveConfig(memory_tau=tau),
+        )
+        sgd = optax.sgd(1.0)
+        step = make_train_step(setup.model, sgd, setup.config, 256)
+        state = setup.state.replace(opt_state=sgd.init(setup.state.params))
+        new = jax.jit(step)(state, random_batch(0))
+        return setup, jax.tree.map(jnp.subtract, state.params, new.params)
+
+    _, without = change(0.0, 0.2)
+    setup, with_loss = change(0.3, 0.2)
+    examples = causal_examples(random_batch(0))
+
+    @jax.jit
+    @jax.grad
+    def gradient(params):
+        return measure(setup.model, params, examples)[1]["selective_memory"]
+
+    expected = gradient(setup.state.params)
+    found = jax.tree.map(lambda a, b: (a - b) / 0.3, with_loss, without)
+    chex.assert_trees_all_close(found, expected, atol=1e-6)
+    assert optax.tree.norm(expected) > 1e-3
+    (layer,) = setup.model.budget_layers()
+    mixer = setup.model.bind({})._blocks(parent=None)._mixer(layer)
+    assert (mixer.memory_tau, mixer.padding_segment) == (0.2, 0)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
