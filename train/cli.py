@@ -85,9 +85,8 @@ def _command(preset: TrainConfig) -> Any:
             tyro.conf.subcommand(
                 "train",
                 default=preset,
-                description="Train a model, or go on with a run. The options start "
-                "from the values below, or from those of a named configuration with "
-                f"--preset {{{','.join(PRESETS)}}}.",
+                description="Train a model, or go on with a run.\n\nDefaults are those "
+                f"below, or of --preset {{{','.join(PRESETS)}}}.",
             ),
         ]
         | Annotated[
