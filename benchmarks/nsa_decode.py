@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from benchmarks.dense import attention_flops, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.ops.nsa import num_windows
+from jattn.ops.compressed import num_windows
 from jattn.ops.nsa_decode import cached_attention
 from jattn.pallas.nsa_decode.triton import Tiling
 
