@@ -37,7 +37,9 @@ def test_notebook_and_source_are_in_step(source):
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_notebook_runs(source, tmp_path):
+def test_notebook_runs(source, tmp_path, monkeypatch):
+    # Notebooks compute as much as they compile: there it pays to let XLA optimize.
+    monkeypatch.delenv("XLA_FLAGS")
     notebook = nbformat.read(source.with_suffix(".ipynb"), as_version=4)
     client = nbclient.NotebookClient(
         notebook,
