@@ -12,7 +12,11 @@ import jax.numpy as jnp
 
 from jattn.ops import _common, nsa
 from jattn.ops.block_sparse import attend_block_positions, block_sparse_attention
-from jattn.ops.compressed import attend_windows, num_windows
+from jattn.ops.compressed import (
+    attend_windows,
+    compressed_attention,
+    num_windows,
+)
 from jattn.ops.dense import attend_positions, dense_attention
 from jattn.pallas import block_sparse, flash, nsa_decode
 
@@ -266,9 +270,7 @@ def _attend_moved(
         "segment_ids": (jnp.arange(length) >= move[:, None]).astype(jnp.int32),
         "implementation": implementation,
     }
-    out, lse = nsa.compressed_attention(
-        moved_query, key, value, return_lse=True, **shared
-    )
+    out, lse = compressed_attention(moved_query, key, value, return_lse=True, **shared)
     blocks = nsa.select_blocks_by_lse(
         moved_query,
         key,

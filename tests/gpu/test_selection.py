@@ -12,7 +12,13 @@ import numpy as np
 import pytest
 
 from jattn.ops import _common, nsa
-from jattn.ops.compressed import num_windows, query_range, visible_windows
+from jattn.ops.compressed import (
+    compressed_attention,
+    nsa_windows,
+    num_windows,
+    query_range,
+    visible_windows,
+)
 from jattn.ops.moba import moba_select_blocks
 from jattn.pallas.selection import triton as kernel
 from tests.support import documents, normal, temporary_bytes
@@ -150,7 +156,7 @@ def test_nsa_blocks(monkeypatch, name):
     count = -(-length // sizes["block_size"])
     windows = {x: sizes[x] for x in ("kernel_size", "stride")}
     # Not the mean of 32 keys but as large as one key, for scores that differ.
-    shape = nsa.nsa_windows(key, **windows).shape
+    shape = nsa_windows(key, **windows).shape
     (key_cmp,) = normal(1, (*shape[:2], *shape[3:]), dtype=key.dtype)
     wide = [x.astype(jnp.float32) for x in (query, key_cmp)]
 
@@ -169,7 +175,7 @@ def test_nsa_blocks(monkeypatch, name):
 
     with jax.default_matmul_precision("highest"):
         expected = select(*wide, implementation="xla")
-        _, lse = nsa.compressed_attention(
+        _, lse = compressed_attention(
             wide[0],
             wide[1],
             wide[1],

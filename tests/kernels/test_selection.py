@@ -9,6 +9,7 @@ import pytest
 
 from jattn.ops import nsa
 from jattn.ops._common import document_starts
+from jattn.ops.compressed import compressed_attention, nsa_windows
 from jattn.ops.moba import mixture_of_block_attention, moba_select_blocks
 from jattn.pallas import _triton, selection
 from jattn.pallas.selection import triton as kernel
@@ -57,9 +58,7 @@ def nsa_inputs(b=1, t=300, s=None, k=2, g=2, h=16, packed=False, **sizes):
     s = s or t
     sizes = SIZES | sizes
     query, key = normal(0, (b, t, k * g, h), (b, s, k, h))
-    windows = nsa.nsa_windows(
-        key, kernel_size=sizes["kernel_size"], stride=sizes["stride"]
-    )
+    windows = nsa_windows(key, kernel_size=sizes["kernel_size"], stride=sizes["stride"])
     segment_ids = documents(s // 3, s - s // 3, batch=b) if packed else None
     options = {**sizes, "length": s, "segment_ids": segment_ids}
     return query, windows.mean(axis=2), options
@@ -71,7 +70,7 @@ def log_sum_exp(query, key_cmp, options):
 
     @jax.jit
     def attend(query, key_cmp):
-        return nsa.compressed_attention(
+        return compressed_attention(
             query, key_cmp, key_cmp, implementation="xla", return_lse=True, **options
         )[1]
 
