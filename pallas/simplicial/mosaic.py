@@ -746,15 +746,25 @@ class _Consumer:
         result = jnp.where(is_first, low, high) * my_weight + theirs * their_weight
         heads, columns = pl.ds(item.head, HEADS), pl.ds(self.me * half, half)
         result = result.astype(self.out.dtype)
-        self.out[item.batch, item.query, heads, columns] = result
+        _store(self.out.at[item.batch, item.query, heads, columns], result)
 
         @pl.when(self.me == 0)
         def _():
             lse = jnp.where(seen, new_peak / LOG2_E + jnp.log(divisor), -jnp.inf)
-            self.lse[item.batch, item.query, heads] = lse
+            _store(self.lse.at[item.batch, item.query, heads], lse)
 
         # It is going to hold expanded queries again.
         self._meet()
+
+
+def _store(ref, value):
+    """Writes from registers to global memory, a few bytes of a thread at a time."""
+    # JAX 0.12 asks whether that is meant; 0.11 has no function for it.
+    store = getattr(plgpu, "store", None)
+    if store is None:
+        ref[...] = value
+    else:
+        store(ref, value, optimized=False)
 
 
 def _filled(value, shape, layout):
