@@ -6,6 +6,7 @@ Beside dense causal attention by cuDNN, and for windows its sliding-window atten
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 import jattn
@@ -13,6 +14,7 @@ from benchmarks.dense import attention_flops, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
 from jattn.ops.compressed import num_windows
+from jattn.pallas.flash import mosaic, mosaic_key_gradient, mosaic_query_gradient
 from jattn.pallas.flash.triton import SplitTiling, Tiling
 
 GROUPED = dict(heads=64, kv_heads=4)
@@ -44,6 +46,19 @@ TUNING = {
             Tiling(rows=64, keys=128, warps=4, stages=1),
             Tiling(rows=64, keys=128, warps=4, stages=2),
         ],
+        case="jattn packed",
+        direction="forward",
+    ),
+    "flash_forward_mosaic": Tuning(
+        [
+            mosaic.Tiling(consumers, cluster, keys, edge, slots, programs=132)
+            for consumers, keys, edge, slots in (
+                (2, 128, 128, 5),
+                (2, 128, 64, 5),
+                (3, 64, 64, 7),
+            )
+            for cluster in (1, 2)
+        ],
         case="jattn",
         direction="forward",
     ),
@@ -56,7 +71,7 @@ TUNING = {
             Tiling(rows=64, keys=64, warps=4, stages=2),
             Tiling(rows=64, keys=128, warps=4, stages=1),
         ],
-        case="jattn",
+        case="jattn packed",
         direction="backward",
     ),
     "flash_key_gradient": Tuning(
@@ -70,6 +85,23 @@ TUNING = {
             SplitTiling(rows=64, keys=64, warps=4, stages=2, programs=264),
             SplitTiling(rows=64, keys=64, warps=4, stages=2, programs=528),
             SplitTiling(rows=64, keys=64, warps=4, stages=2, programs=1056),
+        ],
+        case="jattn packed",
+        direction="backward",
+    ),
+    "flash_query_gradient_mosaic": Tuning(
+        [
+            mosaic_query_gradient.Tiling(slots=2, programs=132),
+            mosaic_query_gradient.Tiling(slots=3, programs=132),
+        ],
+        case="jattn",
+        direction="backward",
+    ),
+    "flash_key_gradient_mosaic": Tuning(
+        [
+            mosaic_key_gradient.Tiling(slots=slots, programs=programs)
+            for slots in (3, 4)
+            for programs in (264, 528, 1056, 2112)
         ],
         case="jattn",
         direction="backward",
@@ -122,6 +154,9 @@ def cases(
         "jattn": Case(function, (query, key, value), **flops),
         "cudnn": cudnn(query, whole[0], whole[1]),
     }
+    # Packed documents have kernels of their own; here there is one.
+    packed = functools.partial(function, segment_ids=jnp.ones((1, length), jnp.int32))
+    found["jattn packed"] = Case(packed, (query, key, value), **flops)
     if window is not None:
         windowed = functools.partial(
             jax.nn.dot_product_attention,

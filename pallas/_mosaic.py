@@ -31,3 +31,13 @@ def interpretation() -> plgpu.InterpretGPUParams | None:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = device.platform if device is not None else jax.default_backend()
     return None if platform == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
+
+
+def store(ref, value) -> None:
+    """Writes from registers to global memory, a few bytes of a thread at a time."""
+    # JAX 0.12 asks whether that is meant; 0.11 has no function for it.
+    function = getattr(plgpu, "store", None)
+    if function is None:
+        ref[...] = value
+    else:
+        function(ref, value, optimized=False)

@@ -9,6 +9,7 @@ The G query heads of a kv head are rows of one matrix, so that any group fills t
 Backward takes two kernels, one by tiles of rows and one by tiles of keys. Where there
 are few tiles of keys, each one's rows are split into units of work whose results are
 added up in order: nothing is added atomically, and the same input gives the same bits.
+What kernels in Mosaic GPU support of backward, they do in the same two steps.
 
 Letters: B batch, T queries, M keys, N query heads, K kv heads, G = N / K, H key width,
 V value width, U units of work of one kv head.
@@ -16,6 +17,7 @@ V value width, U units of work of one kv head.
 
 import dataclasses
 import functools
+import itertools
 import math
 from typing import Any
 
@@ -24,8 +26,16 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 
-from jattn.pallas import _triton, tuning
-from jattn.pallas.flash import kernels
+from jattn.pallas import _device, _triton, tuning
+from jattn.pallas.flash import (
+    kernels,
+    mosaic,
+    mosaic_backward,
+    mosaic_key_gradient,
+    mosaic_query_gradient,
+    unsupported_mosaic_backward,
+    unsupported_mosaic_forward,
+)
 
 LOG2_E = math.log2(math.e)
 
@@ -150,6 +160,10 @@ def forward(
     scale: float,
 ) -> tuple[jax.Array, jax.Array]:
     """The value of attend, with arguments as there."""
+    sight = dataclasses.asdict(visibility)
+    packed = document_starts is not None
+    if unsupported_mosaic_forward(query, key, value, packed=packed, **sight) is None:
+        return mosaic.forward(query, key, value, **sight, scale=scale)
     launch = _Launch(query, value, document_starts, visibility, scale)
     tiling = tuning.choose("flash_forward", launch.shape, launch.forward_tiling())
     tiles = launch.row_tiles(tiling)
@@ -183,6 +197,34 @@ def backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of forward's output and log-sum-exp for query, key and value."""
     launch = _Launch(query, value, document_starts, visibility, scale)
+    arrays = query, key, value, out, lse, out_gradient, lse_gradient
+    if unsupported_mosaic_backward(query, key, value, packed=launch.packed) is None:
+        return _mosaic_gradients(launch, *arrays)
+    return _triton_gradients(launch, *arrays)
+
+
+def _mosaic_gradients(launch, query, key, value, out, lse, out_gradient, lse_gradient):
+    """The results of backward, by the kernels in Mosaic GPU."""
+    sizes = launch.mosaic_sizes()
+    per_row = mosaic_backward.statistics(out, lse, out_gradient, lse_gradient, sizes)
+    arrays = query, key, value, per_row, out_gradient
+    heuristic = launch.mosaic_query_gradient_tiling()
+    tiling = tuning.choose("flash_query_gradient_mosaic", launch.shape, heuristic)
+    query_gradient = mosaic_query_gradient.query_gradient(
+        *arrays, sizes=sizes, tiling=tiling
+    )
+    heuristic = launch.mosaic_key_gradient_tiling()
+    tiling = tuning.choose("flash_key_gradient_mosaic", launch.shape, heuristic)
+    units = launch.units(tiling, mosaic_backward.ALIGNMENT)
+    gradients = mosaic_key_gradient.key_gradients(
+        *arrays, units, sizes=sizes, tiling=tiling
+    )
+    key_gradient, value_gradient = _add_units(gradients, units, tiling, key, value)
+    return query_gradient, key_gradient, value_gradient
+
+
+def _triton_gradients(launch, query, key, value, out, lse, out_gradient, lse_gradient):
+    """The results of backward, by the kernels in Triton."""
     heuristic = launch.query_gradient_tiling()
     tiling = tuning.choose("flash_query_gradient", launch.shape, heuristic)
     tiles = launch.row_tiles(tiling)
@@ -211,16 +253,8 @@ def backward(
 
     heuristic = launch.key_gradient_tiling()
     tiling = tuning.choose("flash_key_gradient", launch.shape, heuristic)
-    units = split_rows(
-        visibility,
-        queries=query.shape[1],
-        keys=key.shape[1],
-        group=launch.group,
-        kv_rows=launch.kv_rows,
-        tiling=tiling,
-    )
-    tiles = triton.cdiv(key.shape[1], tiling.keys)
-    split = len(units) > tiles
+    units = launch.units(tiling)
+    split = len(units) > triton.cdiv(launch.keys, tiling.keys)
     partials = (launch.kv_rows, len(units), tiling.keys)
     boxes = tiling.rows % launch.group == 0 and launch.group.bit_count() == 1
     if boxes:
@@ -231,7 +265,7 @@ def backward(
     else:
         query_tiles = query, query
         gradient_tiles = out_gradient
-    key_gradient, value_gradient = launch(
+    gradients = launch(
         kernels.key_gradient_kernel,
         (
             *query_tiles,
@@ -258,10 +292,7 @@ def backward(
         SPLIT=split,
         BOXES=boxes,
     )
-    if split:
-        starts = np.searchsorted(np.sort(units[:, 0]), np.arange(tiles + 1))
-        key_gradient = _add_units(key_gradient, starts, key)
-        value_gradient = _add_units(value_gradient, starts, value)
+    key_gradient, value_gradient = _add_units(gradients, units, tiling, key, value)
     return query_gradient, key_gradient, value_gradient
 
 
@@ -272,9 +303,14 @@ def split_rows(
     keys: int,
     group: int,
     kv_rows: int,
-    tiling: SplitTiling,
+    tiling: SplitTiling | mosaic_key_gradient.Tiling,
+    alignment: int = 1,
 ) -> np.ndarray:
     """Splits the rows that see each tile of keys into units of work.
+
+    Units of equal length begin at about the same rows in all tiles, and those with the
+    same rows come one after the other: then they run at the same time, and rows come
+    from the L2 cache.
 
     Args:
       visibility: Which keys a query sees, documents aside.
@@ -283,6 +319,8 @@ def split_rows(
       group: G.
       kv_rows: B K.
       tiling: Of the gradients of keys and values.
+      alignment: What the first rows of units are multiples of, a divisor of the rows of
+        a tile.
 
     Returns:
       int32 [U, 4], the longest units first: tile of keys, first row, one past the last,
@@ -297,20 +335,39 @@ def split_rows(
     if visibility.window is not None:
         end = last_key * visibility.stride + visibility.window - offset
         end = np.clip(end, first, queries)
-    first, end = first * group, end * group
+    first, end = first * group // alignment * alignment, end * group
     row_tiles = -(-(end - first) // tiling.rows)
-    unit = max(1, kv_rows * row_tiles.sum() / tiling.programs)  # in tiles
-    counts = np.maximum(1, np.rint(row_tiles / unit)).astype(int)
-    unit_rows = -(-row_tiles // counts) * tiling.rows
-    tile = np.repeat(np.arange(first.size), counts)
-    number = np.arange(tile.size) - np.repeat(np.cumsum(counts) - counts, counts)
-    begin = np.minimum(first[tile] + number * unit_rows[tile], end[tile])
-    stop = np.minimum(begin + unit_rows[tile], end[tile])
+    unit = max(1, round(kv_rows * row_tiles.sum() / tiling.programs))  # in tiles
+    units = []
+    for tile, (begin, stop, length) in enumerate(
+        zip(first, end, row_tiles, strict=True)
+    ):
+        cuts = np.empty(0, int)
+        if length > 1.5 * unit:
+            # The first one has between half a unit and one and a half.
+            step = unit * tiling.rows
+            start = begin // step * step + begin % tiling.rows
+            cuts = np.arange(start, stop, step)
+            cuts = cuts[(cuts - begin >= step / 2) & (stop - cuts >= step / 2)]
+        bounds = np.concatenate([[begin], cuts, [stop]])
+        units.extend((tile, *x) for x in itertools.pairwise(bounds))
+    tile, begin, stop = np.array(units).T
     units = np.stack([tile, begin, stop, np.arange(tile.size)], axis=1)
-    return units[np.argsort(begin - stop, kind="stable")].astype(np.int32)
+    order = np.lexsort((tile, stop, begin - stop))
+    return units[order].astype(np.int32)
 
 
-def _add_units(partials, starts, like):
+def _add_units(gradients, units, tiling, key, value):
+    """The gradients of key and value, from those of units if these are more."""
+    tiles = triton.cdiv(key.shape[1], tiling.keys)
+    if len(units) == tiles:
+        return gradients
+    starts = np.searchsorted(np.sort(units[:, 0]), np.arange(tiles + 1))
+    like = zip(gradients, (key, value), strict=True)
+    return [_add_partials(x, starts, y) for x, y in like]
+
+
+def _add_partials(partials, starts, like):
     """Adds each tile's units of partials [B K, U, keys, W] to an array like `like`."""
     units, tile_keys, width = partials.shape[1:]
     b, keys, kv_heads, _ = like.shape
@@ -418,6 +475,47 @@ class _Launch:
             warps=8,
             stages=stages,
             programs=waves * MULTIPROCESSORS,
+        )
+
+    def mosaic_key_gradient_tiling(self) -> mosaic_key_gradient.Tiling:
+        """The heuristic one, with units as in key_gradient_tiling."""
+        return mosaic_key_gradient.Tiling(
+            slots=4 if self.key_width > 64 else 6,
+            programs=self.key_gradient_tiling().programs,
+        )
+
+    def mosaic_query_gradient_tiling(self) -> mosaic_query_gradient.Tiling:
+        """The heuristic one."""
+        return mosaic_query_gradient.Tiling(
+            slots=3 if self.key_width > 64 else 6, programs=_device.multiprocessors()
+        )
+
+    def mosaic_sizes(self) -> mosaic_backward.Sizes:
+        """What Mosaic's kernels know of the call."""
+        return mosaic_backward.Sizes(
+            queries=self.queries,
+            keys=self.keys,
+            kv_rows=self.kv_rows,
+            kv_heads=self.kv_heads,
+            group=self.group,
+            width=self.key_width,
+            offset=self.visibility.length - self.queries,
+            kernel_size=self.visibility.kernel_size,
+            stride=self.visibility.stride,
+            window=self.visibility.window,
+            scale=self.scale,
+        )
+
+    def units(self, tiling, alignment: int = 1) -> np.ndarray:
+        """Units of work of the gradients of keys and values."""
+        return split_rows(
+            self.visibility,
+            queries=self.queries,
+            keys=self.keys,
+            group=self.group,
+            kv_rows=self.kv_rows,
+            tiling=tiling,
+            alignment=alignment,
         )
 
     def row_tiles(self, tiling: Tiling) -> int:

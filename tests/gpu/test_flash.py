@@ -14,6 +14,7 @@ import pytest
 from jattn.ops.compressed import compressed_attention, num_windows
 from jattn.ops.dense import dense_attention
 from jattn.pallas import tuning
+from jattn.pallas.flash import mosaic
 from jattn.pallas.flash import triton as kernel
 from tests.support import documents, normal, relative_rms
 
@@ -149,6 +150,58 @@ def test_numerical_gate(name):
     assert_case_passes_gate(CASES[name])
 
 
+# Enough work for the forward kernel in Mosaic.
+MOSAIC_CASES = {
+    **{f"group {g}": dict(t=4300 // g + 1, g=g, b=2) for g in (1, 2, 4, 8, 16, 32, 64)},
+    **{
+        f"compressed, group {g}": dict(t=8700 // g + 1, g=g, **NSA)
+        for g in (1, 4, 16, 64)
+    },
+    **{
+        f"a window of {w}": dict(t=1001, g=16, b=2, window=w)
+        for w in (1, 17, 100, 512, 2000)
+    },
+    **{
+        f"windows of {size} every {stride}": dict(
+            t=1001, g=16, kernel_size=size, stride=stride
+        )
+        for size, stride in ((16, 16), (24, 8), (64, 64), (2, 1))
+    },
+    **{
+        f"width {h}, {dtype}": dict(t=600, g=16, k=4, h=h, v=h, dtype=dtype, window=100)
+        for h in (64, 128)
+        for dtype in ("bf16", "fp16")
+    },
+    "queries end the keys": dict(t=300, s=3000, g=16, k=4),
+    "queries end the keys, a window": dict(t=300, s=3001, g=16, k=4, window=260),
+    "queries end the keys, compressed": dict(t=300, s=3001, g=16, k=4, **NSA),
+}
+
+MOSAIC_TILINGS = [
+    mosaic.Tiling(2, 1, keys=128, edge=128, slots=5, programs=132),
+    mosaic.Tiling(2, 2, keys=128, edge=64, slots=5, programs=132),
+    mosaic.Tiling(3, 1, keys=64, edge=64, slots=7, programs=132),
+    mosaic.Tiling(3, 2, keys=64, edge=64, slots=6, programs=100),
+]
+
+
+@pytest.mark.parametrize("name", MOSAIC_CASES)
+def test_numerical_gate_of_mosaic(name):
+    case = MOSAIC_CASES[name]
+    arrays, operation, _ = inputs(case)
+    attend = functools.partial(operation, implementation="triton")
+    assert "flash_forward" in str(jax.make_jaxpr(attend)(*arrays))
+    assert_case_passes_gate(case)
+
+
+@pytest.mark.parametrize("tiling", MOSAIC_TILINGS, ids=str)
+def test_numerical_gate_of_tilings_of_mosaic(tiling):
+    jax.clear_caches()
+    with tuning.force("flash_forward_mosaic", tiling):
+        for name in ("compressed, group 16", "a window of 512", "group 4"):
+            assert_case_passes_gate(MOSAIC_CASES[name])
+
+
 TILINGS = {
     "flash_forward": [
         kernel.Tiling(64, 64, 4, 3),
@@ -181,6 +234,7 @@ def test_numerical_gate_of_tilings(name, tiling):
     ("case", "hidden"),
     [
         (dict(t=100, s=1000, g=4, b=2, window=60), 1000 - 100 - 60 + 1),
+        (dict(t=300, s=3000, g=16, k=4, window=60), 3000 - 300 - 60 + 1),
         (dict(t=100, s=999, g=4, b=2, packed=True), 333),
         (dict(t=100, s=999, g=16, b=2, packed=True, **NSA), 21),
     ],
