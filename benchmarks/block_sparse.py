@@ -15,7 +15,7 @@ import jattn
 from benchmarks.dense import attention_flops, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.pallas.block_sparse.triton import Tiling
+from jattn.pallas.block_sparse.triton import RowTiling, Tiling
 
 SCHEMES = {
     "moba 16/16": dict(heads=16, kv_heads=16, block_size=128, num_blocks=8),
@@ -38,6 +38,18 @@ TUNING = {
             Tiling(rows=128, tiles=8, warps=4, stages=1),
             Tiling(rows=128, tiles=8, warps=8, stages=1),
             Tiling(rows=128, tiles=16, warps=8, stages=2),
+        ],
+        case="jattn",
+        direction="forward",
+    ),
+    "block_sparse_combine": Tuning(
+        [
+            RowTiling(rows=128, warps=8, stages=1),
+            RowTiling(rows=128, warps=8, stages=2, registers=128),
+            RowTiling(rows=64, warps=4, stages=1, registers=168),
+            RowTiling(rows=64, warps=8, stages=1),
+            RowTiling(rows=64, warps=8, stages=1, registers=80),
+            RowTiling(rows=64, warps=8, stages=2),
         ],
         case="jattn",
         direction="forward",

@@ -39,6 +39,33 @@ class Case:
     backward_flops: int
     constants: tuple[jax.Array, ...] = ()
 
+    def programs(self) -> dict[str, "Program"]:
+        """What to time of it, by direction."""
+        arguments = (*self.arrays, *self.constants)
+        programs = {"forward": Program(self.function, lambda: arguments)}
+        if not self.backward_flops:
+            return programs
+
+        @functools.cache
+        def cotangent():
+            out = jax.eval_shape(self.function, *arguments)
+            return jax.random.normal(jax.random.key(3), out.shape, out.dtype)
+
+        def save(*arguments):
+            count = len(self.arrays)
+            arrays, constants = arguments[:count], arguments[count:]
+            _, pullback = jax.vjp(lambda *x: self.function(*x, *constants), *arrays)
+            return pullback
+
+        def gradients(cotangent, *arguments):
+            return save(*arguments)(cotangent)
+
+        programs["backward"] = _Backward(Program(save, lambda: arguments), cotangent)
+        programs["forward and backward"] = Program(
+            gradients, lambda: (cotangent(), *arguments)
+        )
+        return programs
+
 
 def measure(
     cases: Mapping[str, Case],
@@ -77,7 +104,7 @@ def measure(
     named = {
         (name, direction): program
         for name, case in cases.items()
-        for direction, program in programs(case).items()
+        for direction, program in case.programs().items()
     }
     # This compiles the Triton kernels, which threads would not make faster.
     for program in (product, *named.values()):
@@ -170,24 +197,35 @@ class Program:
     def figures(self, flops: int) -> dict[str, float]:
         """What is reported of the program, which does so many useful operations."""
         median = statistics.median(self.times)
-        memory = self.compiled.memory_analysis()
         return {
             "milliseconds": 1e3 * median,
             "fastest_milliseconds": 1e3 * min(self.times),
             "slowest_milliseconds": 1e3 * max(self.times),
             "useful_flops_per_second": flops / median,
+            **self.memory(),
+        }
+
+    def memory(self) -> dict[str, int]:
+        """Bytes of arguments, results and, at most at a time, temporaries."""
+        memory = self.compiled.memory_analysis()
+        return {
             "argument_bytes": memory.argument_size_in_bytes,
             "output_bytes": memory.output_size_in_bytes,
             "temporary_bytes": memory.temp_size_in_bytes,
         }
 
+    @staticmethod
+    def wait(values: Any) -> Any:
+        """Returns the values when they are there."""
+        return jax.block_until_ready(values)
+
     def _measure(self) -> float:
         """Seconds of wall-clock time per call, of several calls in a row."""
-        arguments = jax.block_until_ready(self.arguments())
+        arguments = self.wait(self.arguments())
         start = time.perf_counter()
         for _ in range(self._calls):
             out = self.compiled(*arguments)
-        jax.block_until_ready(out)
+        self.wait(out)
         return (time.perf_counter() - start) / self._calls
 
 
@@ -213,30 +251,3 @@ class _Backward(Program):
     def compile(self) -> None:
         self.forward.compile()
         super().compile()
-
-
-def programs(case: Case) -> dict[str, Program]:
-    """What to time of a case, by direction."""
-    arguments = (*case.arrays, *case.constants)
-    programs = {"forward": Program(case.function, lambda: arguments)}
-    if not case.backward_flops:
-        return programs
-
-    @functools.cache
-    def cotangent():
-        out = jax.eval_shape(case.function, *arguments)
-        return jax.random.normal(jax.random.key(3), out.shape, out.dtype)
-
-    def save(*arguments):
-        arrays, constants = arguments[: len(case.arrays)], arguments[len(case.arrays) :]
-        _, pullback = jax.vjp(lambda *x: case.function(*x, *constants), *arrays)
-        return pullback
-
-    def gradients(cotangent, *arguments):
-        return save(*arguments)(cotangent)
-
-    programs["backward"] = _Backward(Program(save, lambda: arguments), cotangent)
-    programs["forward and backward"] = Program(
-        gradients, lambda: (cotangent(), *arguments)
-    )
-    return programs

@@ -5,11 +5,11 @@ three branches and their gated sum. Sizes are the paper's, windows of 32 keys ev
 16 blocks of 64, a sliding window of 512; each branch has keys and values of its own.
 """
 
-import functools
-
 import jax
+import jax.numpy as jnp
 
 import jattn
+from benchmarks import torch_peers
 from benchmarks.block_sparse import selected_pairs
 from benchmarks.dense import attention_flops, cudnn, normal
 from benchmarks.measure import Case
@@ -30,7 +30,7 @@ SHAPES = {
 def cases(
     *, length: int, heads: int, kv_heads: int, width: int = 128
 ) -> dict[str, Case]:
-    """The operation, and dense causal attention by cuDNN.
+    """The operation, and dense causal attention by cuDNN and by PyTorch.
 
     Args:
       length: Of the one sequence.
@@ -51,6 +51,7 @@ def cases(
     return {
         "jattn": Case(native_sparse, arrays, **attention_flops(seen, heads, width)),
         "cudnn": cudnn(query, *pairs[:2]),
+        **torch_peers.attention(query, *pairs[:2]),
     }
 
 
@@ -65,12 +66,9 @@ def native_sparse(
     gates: jax.Array,
 ) -> jax.Array:
     """Native sparse attention of query [B, T, N, H] with compression by the mean."""
-    windows = functools.partial(
-        jattn.nsa_windows, kernel_size=KERNEL_SIZE, stride=STRIDE
-    )
     return jattn.native_sparse_attention(
         query,
-        (windows(key).mean(axis=2), windows(value).mean(axis=2)),
+        (mean_windows(key), mean_windows(value)),
         (key_selected, value_selected),
         (key_window, value_window),
         gates,
@@ -80,3 +78,13 @@ def native_sparse(
         num_blocks=NUM_BLOCKS,
         window_size=WINDOW,
     )
+
+
+def mean_windows(x: jax.Array) -> jax.Array:
+    """The mean of each of `jattn.nsa_windows`: [B, S, K, D] -> [B, M, K, D]."""
+    cells = x.reshape(x.shape[0], -1, STRIDE, *x.shape[2:])
+    cells = jnp.mean(cells, axis=2, dtype=jnp.float32)
+    size = KERNEL_SIZE // STRIDE
+    count = cells.shape[1] - size + 1
+    total = sum(cells[:, i : i + count] for i in range(size))
+    return (total / size).astype(x.dtype)

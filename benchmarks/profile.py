@@ -7,7 +7,7 @@ import tyro
 from jax.experimental.mosaic.gpu import profiler
 
 from benchmarks import ops
-from benchmarks.measure import programs
+from benchmarks.torch_peers import TorchCase
 
 REPETITIONS = 3
 
@@ -25,15 +25,15 @@ def profile(
     Args:
       name: The operation.
       shapes: Only those whose name contains one of these, such as 64k.
-      cases: Only these competitors.
+      cases: Only these competitors. Those in PyTorch are left out.
       top: Kernels to print of each program, those that take longest.
     """
     module = ops.modules()[name]
     for shape, sizes in ops.shapes(module, shapes).items():
         for case, function in module.cases(**sizes).items():
-            if cases and case not in cases:
+            if (cases and case not in cases) or isinstance(function, TorchCase):
                 continue
-            for direction, program in programs(function).items():
+            for direction, program in function.programs().items():
                 for step in (program.lower, program.compile):
                     program.attempt(step)
                 print(f"\n{shape}, {case}, {direction}")

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import tyro
 
 from benchmarks import ops
-from benchmarks.measure import Case, Program, programs, race
+from benchmarks.measure import Case, Program, race
 from benchmarks.results import replace
 from jattn.pallas import tuning
 
@@ -106,7 +106,7 @@ def best(
     request = None
     # None is the heuristic, which the first trace reveals.
     for tiling in (None, *declared.candidates):
-        program = programs(cases[declared.case])[declared.direction]
+        program = cases[declared.case].programs()[declared.direction]
         # Nothing may be left of the trace with another tiling.
         jax.clear_caches()
         with tuning.force(kernel, tiling) as requests:

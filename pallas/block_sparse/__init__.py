@@ -46,13 +46,14 @@ def unsupported(
         return f"scale must be positive, not {scale}"
     if 0 in query.shape + value.shape + block_indices.shape:
         return "an array is empty"
+    b, k = query.shape[0], key.shape[2]
     block = kernel_block(query, value, block_size)
-    b, t, k = *query.shape[:2], key.shape[2]
     slots = block_indices.shape[-1] * (block_size // block)
-    lists_shape = (b, t, k, block_indices.shape[2] // k, slots)
     blocks = -(-key.shape[1] // block)
-    _, chunks = portions(query, lists_shape, widest)
-    pairs = block_indices.size * (block_size // block)
-    if max(pairs, chunks * b * k * (blocks + 1)) >= 2**31:
+    rows = portions(query, k, slots, widest, 1)
+    # Chunks may be rounded up to whole tiles.
+    tokens = query.shape[1] + rows.chunks * block
+    pairs = b * tokens * block_indices.shape[2] * slots
+    if max(pairs, rows.chunks * b * k * (blocks + 1)) >= 2**31:
         return "it numbers pairs of a query and a block in 32 bits"
     return None

@@ -14,22 +14,25 @@ import jax.numpy as jnp
 PARTIAL_BYTES = 2**29
 
 
-class Pairs(NamedTuple):
-    """Pairs (query, block), of each chunk of queries and kv head in order of block.
+class Portions(NamedTuple):
+    """How much is worked on at once, so that partial results fit PARTIAL_BYTES.
 
     Attributes:
-      pairs: int32 [D, C, M, P]: ``(t R + list) n + slot``, with t counted from the
-        chunk's first query; pairs of no block come last.
-      starts: int32 [D, C, M, blocks + 1]: where each block's pairs start.
-      firsts: int32 [D, C, 2]: the first (batch, kv head) of each portion, counted
-        through, and the first query of each chunk.
-      live: bool [D, C, L, M, R, n]: which pairs have a block.
+      rows: M, kv heads in a portion, counted through the batch.
+      count: D, portions.
+      length: L, queries in a chunk.
+      chunks: C, chunks.
     """
 
-    pairs: jax.Array
-    starts: jax.Array
-    firsts: jax.Array
-    live: jax.Array
+    rows: int
+    count: int
+    length: int
+    chunks: int
+
+    @property
+    def steps(self) -> int:
+        """Chunks of all portions."""
+        return self.count * self.chunks
 
 
 class Units(NamedTuple):
@@ -57,97 +60,73 @@ def kernel_block(query: jax.Array, value: jax.Array, block_size: int) -> int:
 
 
 def portions(
-    query: jax.Array, lists_shape: tuple[int, ...], width: int
-) -> tuple[int, int]:
-    """How much is worked on at once, so that partial results fit PARTIAL_BYTES.
+    query: jax.Array, kv_heads: int, slots: int, width: int, tokens: int
+) -> Portions:
+    """Portions of the B K kv heads, and chunks of the queries.
+
+    Queries are cut up last, so that a block meets as many of them as possible at a
+    time.
 
     Args:
       query: [B, T, N, H].
-      lists_shape: [B, T, K, R, n].
+      kv_heads: K.
+      slots: n, blocks of the kernels in a list.
       width: That of a partial result.
-
-    Returns:
-      Portions D of the B K kv heads, and chunks C of the queries. Queries are cut up
-      last, so that a block meets as many of them as possible at a time.
+      tokens: What the length of a chunk has to be a multiple of.
     """
-    b, t, k, _, n = lists_shape
-    head_bytes = t * query.shape[2] // k * n * width * query.dtype.itemsize
+    b, t, heads = query.shape[:3]
+    head_bytes = t * heads // kv_heads * slots * width * query.dtype.itemsize
     most = max(1, PARTIAL_BYTES // head_bytes)
-    heads = max(x for x in range(1, b * k + 1) if b * k % x == 0 and x <= most)
+    total = b * kv_heads
+    rows = max(x for x in range(1, total + 1) if total % x == 0 and x <= most)
     # The kernels address the queries of a chunk in 32 bits.
-    least = t * query.shape[2] * width // 2**31 + 1
-    chunks = max(least, -(-heads * head_bytes // PARTIAL_BYTES))
-    return b * k // heads, min(t, chunks)
+    least = t * heads * width // 2**31 + 1
+    chunks = max(least, -(-rows * head_bytes // PARTIAL_BYTES))
+    length = -(-t // min(t, chunks))
+    length += -length % tokens
+    return Portions(rows, total // rows, length, -(-t // length))
 
 
-def split_blocks(lists: jax.Array, count: int) -> jax.Array:
-    """Lists [.., n] of blocks as lists [.., n count] of parts, count to a block."""
-    parts = lists[..., None] * count + jnp.arange(count, dtype=lists.dtype)
-    parts = jnp.where(lists[..., None] < 0, -1, parts)
-    return parts.reshape(*lists.shape[:-1], -1)
-
-
-def sort_pairs(
-    lists: jax.Array, keys: int, block: int, parts: int, chunks: int
-) -> Pairs:
-    """Sorts pairs by block.
+def sort_pairs(blocks: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
+    """Sorts the pairs of each chunk and kv head by block, and then by query.
 
     Args:
-      lists: int [B, T, K, R, n], negative for no block. A repetition counts once, and a
-        block past the query, which is one of the last T keys, not at all.
-      keys: How many keys there are.
-      block: Keys in a block.
-      parts: How many portions to cut the B K kv heads into.
-      chunks: How many chunks to cut the queries into, at most.
-    """
-    b, t, k, r, n = lists.shape
-    blocks = -(-keys // block)
-    length = -(-t // chunks)
-    chunks = -(-t // length)
-    lists = jnp.sort(lists, axis=-1)
-    repeated = jnp.pad(lists[..., 1:] == lists[..., :-1], [(0, 0)] * 4 + [(1, 0)])
-    last_block = (jnp.arange(keys - t, keys) // block)[:, None, None, None]
-    live = (lists >= 0) & (lists <= last_block) & ~repeated
-    padding = [(0, 0), (0, chunks * length - t), (0, 0), (0, 0), (0, 0)]
-    of_pair = jnp.pad(jnp.where(live, lists, blocks), padding, constant_values=blocks)
-    of_pair = of_pair.reshape(b, chunks, length, k, r, n)
-    of_pair = jnp.moveaxis(of_pair, 3, 1).reshape(parts, -1, chunks, length, r, n)
-    of_pair = jnp.moveaxis(of_pair, 2, 1)  # [D, C, M, L, R, n]
-    live = jnp.moveaxis(of_pair < blocks, 2, 3)
+      blocks: int32 [D, C, M, L, R, n], `count` for no block.
+      count: Blocks there are.
 
+    Returns:
+      The pairs int32 [D, C, M, P], ``(t R + list) n + slot`` with t counted from the
+      chunk's first query, those of no block last; and where each block's pairs start,
+      int32 [D, C, M, count + 1].
+    """
+    shape = blocks.shape[:3]
+    rows, pairs = math.prod(shape), math.prod(blocks.shape[3:])
     # One flat sort, since GPUs sort one long row much faster than many short ones.
-    shape = of_pair.shape[:3]
-    rows, pairs = math.prod(shape), length * r * n
-    row = jnp.arange(rows, dtype=jnp.uint32)[:, None] * (blocks + 1)
-    of_pair = of_pair.reshape(rows, pairs).astype(jnp.uint32)
+    row = jnp.arange(rows, dtype=jnp.uint32)[:, None] * (count + 1)
+    of_pair = row + blocks.reshape(rows, pairs).astype(jnp.uint32)
     number = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32), (rows, pairs))
     of_pair, number = jax.lax.sort(
-        ((row + of_pair).reshape(-1), number.reshape(-1)), num_keys=1, is_stable=True
+        (of_pair.reshape(-1), number.reshape(-1)), num_keys=1, is_stable=True
     )
-    bounds = row + jnp.arange(blocks + 1, dtype=jnp.uint32)
+    bounds = row + jnp.arange(count + 1, dtype=jnp.uint32)
     starts = jnp.searchsorted(of_pair, bounds.reshape(-1), method="scan_unrolled")
-    starts = starts.astype(jnp.int32).reshape(rows, blocks + 1)
+    starts = starts.astype(jnp.int32).reshape(rows, count + 1)
     starts -= pairs * jnp.arange(rows, dtype=jnp.int32)[:, None]
-    firsts = jnp.meshgrid(
-        b * k // parts * jnp.arange(parts, dtype=jnp.int32),
-        length * jnp.arange(chunks, dtype=jnp.int32),
-        indexing="ij",
-    )
-    return Pairs(
-        pairs=number.reshape(*shape, pairs),
-        starts=starts.reshape(*shape, blocks + 1),
-        firsts=jnp.stack(firsts, axis=-1),
-        live=live,
-    )
+    return number.reshape(*shape, pairs), starts.reshape(*shape, count + 1)
 
 
-def split_units(pairs: Pairs, length: int) -> Units:
-    """Splits every block's pairs into units of at most length."""
-    starts = pairs.starts
+def split_units(starts: jax.Array, pairs: int, length: int) -> Units:
+    """Splits every block's pairs into units of at most length.
+
+    Args:
+      starts: int32 [D, C, M, blocks + 1], where each block's pairs start.
+      pairs: Of each chunk and kv head, at most.
+      length: Pairs in a unit, at most.
+    """
     blocks = starts.shape[-1] - 1
     counts = -(-(starts[..., 1:] - starts[..., :-1]) // length)
     unit_starts = jnp.pad(jnp.cumsum(counts, axis=-1), [(0, 0)] * 3 + [(1, 0)])
-    unit = jnp.arange(pairs.pairs.shape[-1] // length + blocks, dtype=jnp.int32)
+    unit = jnp.arange(pairs // length + blocks, dtype=jnp.int32)
 
     @jax.vmap
     @jax.vmap

@@ -7,6 +7,10 @@ partial result in memory, and the n of a query are added in order; so are those 
 units of work into which a block chosen by many queries is split. Nothing is added
 atomically: same input, same bits.
 
+Neighbouring queries often share their own block, the one before and the first. Where a
+whole tile of them does, forward attends to these while it adds up the partial results,
+and they make no pairs.
+
 The B K kv heads go through in portions, and the queries in chunks if one kv head is too
 much, so that partial results take bounded memory.
 
@@ -19,26 +23,29 @@ chunk and kv head, U units of work.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
-import triton.language as tl
 
-from jattn.pallas import _triton, tuning
-from jattn.pallas._tiles import _load_rows, _store_rows
+from jattn.pallas import _steps, _triton, tuning
+from jattn.pallas.block_sparse import kernels
 from jattn.pallas.block_sparse.pairs import (
-    Pairs,
+    Units,
     kernel_block,
     portions,
     sort_pairs,
-    split_blocks,
     split_units,
 )
 
 LOG2_E = math.log2(math.e)
 
-_FORWARD, _BACKWARD = 0, 1
+# Blocks that a tile of queries may share: its own, the one before, and the first.
+SHARED = 3
+
+# Numbers that a program adds up.
+SUM_STEP = 2048
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,10 +67,27 @@ class Tiling:
     registers: int | None = None
 
 
-def tilings(
+@dataclasses.dataclass(frozen=True)
+class RowTiling:
+    """How the kernels that add partial results are cut up: speed, never results.
+
+    Attributes:
+      rows: Rows of a tile, at most.
+      warps: Warps of a program.
+      stages: Shared blocks in flight.
+      registers: What a thread may use at most, or None for no limit.
+    """
+
+    rows: int
+    warps: int
+    stages: int
+    registers: int | None = None
+
+
+def forward_tiling(
     query: jax.Array, value: jax.Array, block: int, group: int
-) -> tuple[Tiling, Tiling]:
-    """The tilings of the forward and of the backward kernel.
+) -> Tiling:
+    """The tiling of the kernel that makes partial outputs.
 
     Args:
       query: [B, T, N, H].
@@ -72,25 +96,53 @@ def tilings(
       group: Query heads that share a list.
     """
     if query.dtype.itemsize > 2:
-        forward = Tiling(rows=32, tiles=32, warps=4, stages=1)
-        backward = Tiling(rows=32, tiles=32, warps=8, stages=1)
+        heuristic = Tiling(rows=32, tiles=32, warps=4, stages=1)
     elif max(query.shape[-1], value.shape[-1]) > 128:
-        forward = Tiling(rows=64, tiles=16, warps=4, stages=1)
-        backward = Tiling(rows=64, tiles=64, warps=8, stages=1)
+        heuristic = Tiling(rows=64, tiles=16, warps=4, stages=1)
     else:
-        forward = Tiling(rows=64, tiles=16, warps=4, stages=1, registers=128)
-        backward = Tiling(rows=64, tiles=64, warps=4, stages=2)
-    shape = {
+        # In smaller groups the rows of a thread are of more queries.
+        registers = 128 if group > 8 else 168
+        heuristic = Tiling(64, tiles=16, warps=4, stages=1, registers=registers)
+    shape = _tuning_shape(query, value, block, group)
+    return tuning.choose("block_sparse_forward", shape, heuristic)
+
+
+def backward_tiling(
+    query: jax.Array, value: jax.Array, block: int, group: int
+) -> Tiling:
+    """The tiling of the kernel that makes partial gradients; see `forward_tiling`."""
+    if query.dtype.itemsize > 2:
+        heuristic = Tiling(rows=32, tiles=32, warps=8, stages=1)
+    elif max(query.shape[-1], value.shape[-1]) > 128:
+        heuristic = Tiling(rows=64, tiles=64, warps=8, stages=1)
+    else:
+        heuristic = Tiling(rows=64, tiles=64, warps=4, stages=2)
+    shape = _tuning_shape(query, value, block, group)
+    return tuning.choose("block_sparse_backward", shape, heuristic)
+
+
+def combine_tiling(
+    query: jax.Array, value: jax.Array, block: int, group: int
+) -> RowTiling:
+    """The tiling of the kernel that adds partial outputs; see `forward_tiling`."""
+    if query.dtype.itemsize > 2:
+        heuristic = RowTiling(rows=32, warps=8, stages=1)
+    elif max(query.shape[-1], value.shape[-1]) > 128:
+        heuristic = RowTiling(rows=64, warps=8, stages=1)
+    else:
+        heuristic = RowTiling(rows=128, warps=8, stages=1, registers=128)
+    shape = _tuning_shape(query, value, block, group)
+    return tuning.choose("block_sparse_combine", shape, heuristic)
+
+
+def _tuning_shape(query, value, block, group) -> dict[str, int | str]:
+    return {
         "group": group,
         "block": block,
         "key_width": query.shape[-1],
         "value_width": value.shape[-1],
         "dtype": str(query.dtype),
     }
-    return (
-        tuning.choose("block_sparse_forward", shape, forward),
-        tuning.choose("block_sparse_backward", shape, backward),
-    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -118,18 +170,13 @@ def attend(
     Returns:
       Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32.
     """
-    return _attend_forward(
-        query, key, value, block_indices, segment_ids, block_size, scale
-    )[0]
+    return forward(query, key, value, block_indices, segment_ids, block_size, scale)
 
 
 def _attend_forward(query, key, value, block_indices, segment_ids, block_size, scale):
-    b, t, kv_heads = *query.shape[:2], key.shape[2]
-    lists = block_indices.reshape(b, t, kv_heads, -1, block_indices.shape[-1])
-    out, lse, pairs = forward(
-        query, key, value, lists, segment_ids, block_size=block_size, scale=scale
-    )
-    return (out, lse), (query, key, value, segment_ids, out, lse, pairs)
+    arrays = query, key, value, block_indices, segment_ids
+    results = forward(*arrays, block_size, scale)
+    return results, (*arrays, *results)
 
 
 def _attend_backward(block_size, scale, residuals, gradients):
@@ -144,86 +191,64 @@ def forward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    lists: jax.Array,
+    block_indices: jax.Array,
     segment_ids: jax.Array | None,
-    *,
     block_size: int,
     scale: float,
-) -> tuple[jax.Array, jax.Array, Pairs]:
-    """The value of attend, and what its gradient needs.
-
-    Args:
-      query: [B, T, N, H].
-      key: [B, S, K, H].
-      value: [B, S, K, V].
-      lists: int [B, T, K, R, n].
-      segment_ids: int [B, S] or None.
-      block_size: Keys in a block.
-      scale: Factor of the logits.
-
-    Returns:
-      Output [B, T, N, V], log-sum-exp [B, T, N] in fp32, and the pairs for backward.
-    """
-    block = kernel_block(query, value, block_size)
-    lists = split_blocks(lists, block_size // block)
-    width = max(query.shape[-1], value.shape[-1])
-    pairs = sort_pairs(lists, key.shape[1], block, *portions(query, lists.shape, width))
-    parts, chunks = pairs.live.shape[:2]
-    launch = _Launch(query, value, pairs, segment_ids, block, _FORWARD)
-    partial_shape = (*pairs.live.shape[2:], launch.group)
-
-    every = jax.tree.map(
-        lambda x: x.reshape(parts * chunks, *x.shape[2:]), (pairs, launch.units)
-    )
-
-    def chunk(index, results):
-        pairs, units = jax.tree.map(lambda x: x[index], every)
-        partial_out, partial_lse = launch(
-            _forward_kernel,
-            (query, key, value),
-            pairs,
-            units,
-            outputs=[
-                jax.ShapeDtypeStruct((*partial_shape, launch.value_width), value.dtype),
-                jax.ShapeDtypeStruct(partial_shape, jnp.float32),
-            ],
-            scale=scale,
-            width=launch.key_width + launch.value_width,
-        )
-        # A pair without a block has no partial result: its memory may hold anything.
-        live = pairs.live[..., None]  # [L, M, R, n, 1]
-        lse = jnp.where(live, partial_lse, -jnp.inf)
-        peak = jnp.max(lse, axis=-2, keepdims=True)
-        peak = jnp.where(jnp.isneginf(peak), 0, peak)
-        weights = jnp.exp(lse - peak)
-        total = jnp.sum(weights, axis=-2, keepdims=True)
-        weights /= jnp.where(total > 0, total, 1)
-        partial_out = jnp.where(live[..., None], partial_out.astype(jnp.float32), 0)
-        out = jnp.sum(partial_out * weights[..., None], axis=-3)
-        lse = (peak + jnp.log(total)).squeeze(-2)
-        return [
-            _put_chunk(x, mine, index // chunks, index % chunks)
-            for x, mine in zip(results, (out.astype(value.dtype), lse), strict=True)
-        ]
-
-    results = [
-        launch.empty_rows(pairs, (launch.value_width,), value.dtype),
-        launch.empty_rows(pairs, (), jnp.float32),
+) -> tuple[jax.Array, jax.Array]:
+    """The value of attend, whose arguments these are."""
+    launch = Launch(query, key, value, block_indices, segment_ids, block_size, scale)
+    tiling = forward_tiling(query, value, launch.block, launch.group)
+    blocks, shared = launch.plan(share=True)
+    pairs, units = launch.units(blocks, tiling)
+    _, _, rows, length, lists, slots = blocks.shape
+    partial_shape = length, rows, lists, slots, launch.group
+    new = [
+        jax.ShapeDtypeStruct((*partial_shape, value.shape[-1]), value.dtype),
+        jax.ShapeDtypeStruct(partial_shape, jnp.float32),
+        jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), value.dtype),
+        jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
     ]
-    results = _triton.vary_like(results, (query, key, value, lists))
-    out, lse = jax.lax.fori_loop(0, parts * chunks, chunk, results)
-    out = _join_heads(out, (*query.shape[:3], launch.value_width), key.shape[2])
-    return out, _join_heads(lse, query.shape[:3], key.shape[2]), pairs
+    width = query.shape[-1] + value.shape[-1]
+
+    def step(step, results):
+        *partials, out, lse = results or new
+        partials = launch.by_units(
+            kernels.forward_kernel,
+            (query, key, value, launch.segment_ids, pairs, *units[:3], step),
+            tiling,
+            pairs.shape[-1],
+            units.blocks.shape[-1],
+            results=partials,
+            width=width,
+        )
+        return launch.by_tiles(
+            kernels.combine_kernel,
+            query,
+            key,
+            value,
+            launch.segment_ids,
+            blocks,
+            shared,
+            step,
+            launch.scale_log2,
+            results=[*partials, out, lse],
+            flops=2 * SHARED * math.prod(partial_shape) // slots * launch.block * width,
+            **launch.value_constants,
+        )
+
+    *_, out, lse = _steps.each_step(launch.portions.steps, step)
+    return out, lse
 
 
 def backward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
+    block_indices: jax.Array,
     segment_ids: jax.Array | None,
     out: jax.Array,
     lse: jax.Array,
-    pairs: Pairs,
     out_gradient: jax.Array,
     lse_gradient: jax.Array,
     *,
@@ -231,8 +256,10 @@ def backward(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of forward's output and log-sum-exp for query, key and value."""
-    block = kernel_block(query, value, block_size)
-    launch = _Launch(query, value, pairs, segment_ids, block, _BACKWARD)
+    launch = Launch(query, key, value, block_indices, segment_ids, block_size, scale)
+    tiling = backward_tiling(query, value, launch.block, launch.group)
+    blocks, _ = launch.plan(share=False)
+    pairs, units = launch.units(blocks, tiling)
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
     # The kernel sees the gradient as rounded to its dtype: delta has to be of that one,
@@ -240,426 +267,225 @@ def backward(
     out_gradient = jax.lax.optimization_barrier(out_gradient)
     delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
     delta = jnp.sum(delta, axis=-1) - lse_gradient
-    partial_shape = (*pairs.live.shape[2:], launch.group, launch.key_width)
-    unit_shape = (*launch.units.blocks.shape[2:], block)
-    sum_shape = (pairs.starts.shape[2], launch.blocks, block)
-    parts, chunks = pairs.live.shape[:2]
-    every = pairs, launch.units
 
-    def chunk(part, index, carry):
-        query_gradient, sums = carry
-        pairs, units = jax.tree.map(lambda x: x[part, index], every)
-        partial_query, partial_key, partial_value = launch(
-            _backward_kernel,
-            (query, key, value, out_gradient, lse, delta),
-            pairs,
-            units,
-            outputs=[
-                jax.ShapeDtypeStruct(partial_shape, query.dtype),
-                jax.ShapeDtypeStruct((*unit_shape, launch.key_width), jnp.float32),
-                jax.ShapeDtypeStruct((*unit_shape, launch.value_width), jnp.float32),
-            ],
-            scale=scale,
-            width=3 * launch.key_width + 2 * launch.value_width,
-        )
-        partial_query = jnp.where(
-            pairs.live[..., None, None], partial_query.astype(jnp.float32), 0
-        )
-        partial_query = jnp.sum(partial_query, axis=-3).astype(query.dtype)
-        sums = [
-            _add_units(x, partial, units.starts)
-            for x, partial in zip(sums, (partial_key, partial_value), strict=True)
-        ]
-        return _put_chunk(query_gradient, partial_query, part, index), sums
-
-    zeros = [
-        jnp.zeros((*sum_shape, width), jnp.float32)
-        for width in (launch.key_width, launch.value_width)
+    _, _, rows, length, lists, slots = blocks.shape
+    widths = query.shape[-1], value.shape[-1]
+    sum_shape = key.shape[0] * key.shape[2], launch.blocks, launch.block
+    sums = [jnp.zeros((*sum_shape, width), jnp.float32) for width in widths]
+    sums = _triton.vary_like(sums, (query, key, value, out_gradient))
+    unit_shape = rows, units.blocks.shape[-1], launch.block
+    new = [
+        jax.ShapeDtypeStruct(
+            (length, rows, lists, slots, launch.group, widths[0]), query.dtype
+        ),
+        *[jax.ShapeDtypeStruct((*unit_shape, x), jnp.float32) for x in widths],
+        *sums,
+        jax.ShapeDtypeStruct(query.shape, query.dtype),
     ]
-    query_gradient = launch.empty_rows(pairs, (launch.key_width,), query.dtype)
-    query_gradient, *zeros = _triton.vary_like(
-        [query_gradient, *zeros], (query, key, value, out_gradient)
+
+    def step(step, results):
+        *partials, key_sums, value_sums, query_gradient = results or new
+        partial_query, *partials = launch.by_units(
+            kernels.backward_kernel,
+            (
+                query,
+                key,
+                value,
+                out_gradient,
+                lse,
+                delta,
+                launch.segment_ids,
+                pairs,
+                *units[:3],
+                step,
+            ),
+            tiling,
+            pairs.shape[-1],
+            units.blocks.shape[-1],
+            results=partials,
+            width=3 * widths[0] + 2 * widths[1],
+        )
+        sizes = [launch.block * width for width in widths]
+        *partials, key_sums, value_sums = _steps.write(
+            kernels.add_units_kernel,
+            units.starts,
+            step,
+            launch.portions.length,
+            launch.portions.chunks,
+            units.blocks.shape[-1],
+            results=[*partials, key_sums, value_sums],
+            grid=(launch.blocks, rows, triton.cdiv(max(sizes), SUM_STEP)),
+            KV_HEADS=launch.kv_heads,
+            KEY_SIZE=sizes[0],
+            VALUE_SIZE=sizes[1],
+            STEP=SUM_STEP,
+        )
+        partial_query, query_gradient = launch.by_tiles(
+            kernels.add_queries_kernel,
+            blocks,
+            step,
+            results=[partial_query, query_gradient],
+        )
+        return [partial_query, *partials, key_sums, value_sums, query_gradient]
+
+    *_, key_sums, value_sums, query_gradient = _steps.each_step(
+        launch.portions.steps, step
     )
 
-    def portion(query_gradient, part):
-        mine = functools.partial(chunk, part)
-        return jax.lax.fori_loop(0, chunks, mine, (query_gradient, zeros))
-
-    query_gradient, (key_gradient, value_gradient) = jax.lax.scan(
-        portion, query_gradient, jnp.arange(parts)
-    )
-
-    def join_blocks(x, like):  # [D, M, blocks, block, W] -> [B, S, K, W]
+    def join_blocks(x, like):  # [B K, blocks, block, W] -> [B, S, K, W]
         b, s, k, width = like.shape
         x = x.reshape(b, k, -1, width)[:, :, :s]
         return jnp.moveaxis(x, 1, 2).astype(like.dtype)
 
     return (
-        _join_heads(query_gradient, query.shape, key.shape[2]),
-        join_blocks(scale * key_gradient, key),
-        join_blocks(value_gradient, value),
+        query_gradient,
+        join_blocks(scale * key_sums, key),
+        join_blocks(value_sums, value),
     )
 
 
-def _put_chunk(rows, chunk, part, index):
-    """Writes a chunk [L, M, ..] of a portion to its place among rows [C L, B K, ..]."""
-    start = index * chunk.shape[0], part * chunk.shape[1], *[0] * (chunk.ndim - 2)
-    return jax.lax.dynamic_update_slice(rows, chunk, start)
+class Launch:
+    """What the launches of one direction share: some for each chunk of each portion."""
 
-
-def _join_heads(rows, shape, kv_heads):
-    """[C L, B K, R, G, ..] -> shape [B, T, N, ..]."""
-    b, t = shape[:2]
-    rows = rows[:t].reshape(t, b, kv_heads, *rows.shape[2:])
-    return jnp.moveaxis(rows, 1, 0).reshape(shape)
-
-
-def _add_units(sums, partials, starts):
-    """Adds each block's units of partials [M, U, ...] to sums [M, blocks, ...]."""
-    rows, blocks = sums.shape[:2]
-    size = math.prod(sums.shape[2:])
-    step = min(2048, triton.next_power_of_2(size))
-    [total] = _triton.call(
-        _add_units_kernel,
-        sums,
-        partials,
-        starts,
-        partials.shape[1],
-        outputs=[jax.ShapeDtypeStruct(sums.shape, sums.dtype)],
-        grid=(triton.cdiv(size, step), blocks, rows),
-        num_warps=4,
-        SIZE=size,
-        STEP=step,
-    )
-    return total
-
-
-class _Launch:
-    """What the launches of one kernel share: one for each chunk of each portion."""
-
-    def __init__(self, query, value, pairs, segment_ids, block, direction):
-        self.queries, heads, self.key_width = query.shape[1:]
-        self.keys, self.kv_heads, self.value_width = value.shape[1:]
-        self.lists, self.slots = pairs.live.shape[4:]
-        self.group = heads // (self.kv_heads * self.lists)
-        self.blocks = pairs.starts.shape[-1] - 1
-        self.block = block
-        self.tiling = tilings(query, value, block, self.group)[direction]
-        unit = self.tiling.tiles * (self.tiling.rows // self.group)
-        self.units = split_units(pairs, unit)
+    def __init__(self, query, key, value, lists, segment_ids, block_size, scale):
+        self.queries, heads, key_width = query.shape[1:]
+        self.keys, self.kv_heads, value_width = value.shape[1:]
+        self.block = kernel_block(query, value, block_size)
+        self.blocks = triton.cdiv(self.keys, self.block)
+        self.split = block_size // self.block
+        self.members = lists.shape[2] // self.kv_heads
+        self.group = heads // lists.shape[2]
+        self.slots = lists.shape[3] * self.split
+        if lists.dtype.itemsize > 4:
+            lists = jnp.minimum(lists, 2**31 - 1)
+        self.lists = lists.astype(jnp.int32)
         self.packed = segment_ids is not None
         if segment_ids is None:
             segment_ids = jnp.zeros((1, 1), jnp.int32)
         self.segment_ids = segment_ids.astype(jnp.int32)
+        self.scale_log2 = float(scale) * LOG2_E
+        self.tiling = combine_tiling(query, value, self.block, self.group)
+        # Queries in a tile: all those of a tile may be in one block, and the kernel
+        # that compares their lists holds these at once.
+        most = min(self.block, self.tiling.rows // self.group, 8192 // self.slots)
+        self.tokens = 1 << max(1, most).bit_length() - 1
+        width = max(key_width, value_width)
+        self.portions = portions(query, self.kv_heads, self.slots, width, self.tokens)
+        self.constants: dict[str, Any] = {
+            "KV_HEADS": self.kv_heads,
+            "LISTS": self.members,
+            "SLOTS": self.slots,
+            "GROUP": self.group,
+            "H": key_width,
+            "H_PAD": max(16, triton.next_power_of_2(key_width)),
+            "BLOCK": self.block,
+        }
+        self.value_constants: dict[str, Any] = {
+            "V": value_width,
+            "V_PAD": max(16, triton.next_power_of_2(value_width)),
+            "PACKED": self.packed,
+        }
 
-    def empty_rows(self, pairs, widths, dtype):
-        """What _put_chunk fills: an array [C L, B K, R, G, *widths]."""
-        parts, chunks, length, rows, lists, _ = pairs.live.shape
-        shape = chunks * length, parts * rows, lists, self.group, *widths
-        return jnp.empty(shape, dtype)
+    def plan(self, *, share: bool) -> tuple[jax.Array, jax.Array]:
+        """Blocks int32 [D, C, M, L, R, n] of pairs, as many as there are for none.
 
-    def __call__(self, kernel, arrays, pairs, units, *, outputs, scale, width):
-        """Launches the kernel on one chunk, a program for each unit of each kv head.
-
-        Args:
-          kernel: One of the two below.
-          arrays: What it reads.
-          pairs: Those of the chunk.
-          units: Those of the chunk.
-          outputs: Shapes and dtypes of what it writes.
-          scale: Factor of the logits.
-          width: That of its matrix products, all together.
+        Returns:
+          These, and with share int32 [B K, C L / tokens, R, 1 + SHARED]: how many of
+          the blocks all queries of a tile have, and which; they make no pairs.
         """
-        return _triton.call(
-            kernel,
-            *arrays,
-            self.segment_ids,
-            pairs.pairs,
-            units.blocks,
-            units.firsts,
-            units.lasts,
-            pairs.firsts,
-            float(scale) * LOG2_E,
+        rows, count, length, chunks = self.portions
+        shape = count, chunks, rows, length, self.members, self.slots
+        tiles = chunks * length // self.tokens
+        shared = (count * rows, tiles, self.members, 1 + SHARED) if share else (1,)
+        blocks, shared = _triton.call(
+            kernels.plan_kernel,
+            self.lists,
             self.queries,
             self.keys,
-            pairs.pairs.shape[-1],
-            units.blocks.shape[-1],
-            outputs=outputs,
-            grid=(units.blocks.shape[-1], pairs.pairs.shape[0]),
+            length,
+            chunks,
+            outputs=[
+                jax.ShapeDtypeStruct(shape, jnp.int32),
+                jax.ShapeDtypeStruct(shared, jnp.int32),
+            ],
+            grid=(tiles * self.members, count * rows),
+            num_warps=4,
+            KV_HEADS=self.kv_heads,
+            LISTS=self.members,
+            SLOTS=self.slots,
+            SLOTS_PAD=triton.next_power_of_2(self.slots),
+            SPLIT=self.split,
+            BLOCK=self.block,
+            TOKENS=self.tokens,
+            PORTION=rows,
+            SHARE=share,
+        )
+        return blocks, shared
+
+    def units(self, blocks: jax.Array, tiling: Tiling) -> tuple[jax.Array, Units]:
+        """Pairs sorted by block, and their units of work."""
+        pairs, starts = sort_pairs(blocks, self.blocks)
+        length = tiling.tiles * (tiling.rows // self.group)
+        return pairs, split_units(starts, pairs.shape[-1], length)
+
+    def by_units(self, kernel, operands, tiling, pairs, units, *, results, width):
+        """Launches a kernel in one step, a program for each unit of each kv head.
+
+        Args:
+          kernel: The one of the partial results of one direction.
+          operands: Its arrays.
+          tiling: That of the kernel.
+          pairs: P.
+          units: U.
+          results: What it writes.
+          width: That of its matrix products, all together.
+        """
+        rows, _, length, chunks = self.portions
+        return _steps.write(
+            kernel,
+            *operands,
+            self.scale_log2,
+            self.queries,
+            self.keys,
+            length,
+            chunks,
+            pairs,
+            units,
+            results=results,
+            grid=(units, rows),
+            num_warps=tiling.warps,
+            num_stages=tiling.stages,
+            max_registers=tiling.registers,
+            flops=2 * rows * pairs * self.group * self.block * width,
+            ROWS=tiling.rows,
+            **self.constants,
+            **self.value_constants,
+        )
+
+    def by_tiles(self, kernel, *operands, results, **options):
+        """Launches a kernel in one step, a program for each tile of queries and list.
+
+        Args:
+          kernel: The one that adds the partial results of one direction.
+          *operands: What it reads, but for numbers that it shares with others.
+          results: What it writes.
+          **options: Others of `_steps.write`, and constants of the kernel's own.
+        """
+        rows, _, length, chunks = self.portions
+        return _steps.write(
+            kernel,
+            *operands,
+            self.queries,
+            self.keys,
+            length,
+            chunks,
+            results=results,
+            grid=(length // self.tokens * self.members, rows),
             num_warps=self.tiling.warps,
             num_stages=self.tiling.stages,
             max_registers=self.tiling.registers,
-            flops=2 * pairs.live.size * self.group * self.block * width,
-            KV_HEADS=self.kv_heads,
-            LISTS=self.lists,
-            SLOTS=self.slots,
-            GROUP=self.group,
-            H=self.key_width,
-            V=self.value_width,
-            H_PAD=max(16, triton.next_power_of_2(self.key_width)),
-            V_PAD=max(16, triton.next_power_of_2(self.value_width)),
-            BLOCK=self.block,
-            ROWS=self.tiling.rows,
-            PACKED=self.packed,
+            TOKENS=self.tokens,
+            ROWS=max(16, triton.next_power_of_2(self.tokens * self.group)),
+            **self.constants,
+            **options,
         )
-
-
-@triton.jit
-def _load_pairs(
-    pairs_ptr,  # [P], of this chunk and kv head
-    start,
-    last,
-    kv_row,
-    kv_head,
-    KV_HEADS: tl.constexpr,
-    LISTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    ROWS: tl.constexpr,
-):
-    """Where the rows of a tile come from and go to.
-
-    Returns which of them hold anything, their query, counted from the chunk's first,
-    their row in arrays [L, N, ..] and their row in partial results [L, M, R, n, G, ..].
-    """
-    row = tl.arange(0, ROWS)
-    index = start + row // GROUP
-    live = (index < last) & (row < ROWS // GROUP * GROUP)
-    pair = tl.load(pairs_ptr + index, mask=live, other=0)
-    entry = pair // SLOTS
-    token = entry // LISTS
-    member = entry % LISTS
-    source = ((token * KV_HEADS + kv_head) * LISTS + member) * GROUP + row % GROUP
-    target = (token * tl.num_programs(1) + kv_row) * LISTS + member
-    target = target * SLOTS + pair % SLOTS
-    return live, token, source, target * GROUP + row % GROUP
-
-
-@triton.jit
-def _forward_kernel(
-    query_ptr,  # [B, T, N, H]
-    key_ptr,  # [B, S, K, H]
-    value_ptr,  # [B, S, K, V]
-    segment_ptr,  # [B, S] if PACKED
-    pairs_ptr,  # [M, P]
-    unit_blocks_ptr,  # [M, U]
-    unit_firsts_ptr,  # [M, U]
-    unit_lasts_ptr,  # [M, U]
-    firsts_ptr,  # [2]
-    scale_log2,
-    queries,
-    keys,
-    pairs,
-    units,
-    partial_out_ptr,  # [L, M, R, n, G, V]
-    partial_lse_ptr,  # [L, M, R, n, G]
-    KV_HEADS: tl.constexpr,
-    LISTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    H_PAD: tl.constexpr,
-    V_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """One unit: attention of its queries to its block alone."""
-    kv_row = tl.program_id(1)  # of the portion
-    unit = kv_row * units + tl.program_id(0)
-    block = tl.load(unit_blocks_ptr + unit)
-    if block < 0:
-        return
-    first = tl.load(unit_firsts_ptr + unit)
-    last = tl.load(unit_lasts_ptr + unit)
-    batch = (tl.load(firsts_ptr) + kv_row) // KV_HEADS
-    kv_head = (tl.load(firsts_ptr) + kv_row) % KV_HEADS
-    # Queries of the chunk, so that offsets from here on fit 32 bits.
-    first_token = tl.load(firsts_ptr + 1)
-    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
-    query_ptr += first_row * H
-    position = block * BLOCK + tl.arange(0, BLOCK)
-    exists = position < keys
-    key_row = (batch * keys + position).to(tl.int64) * KV_HEADS + kv_head
-    key = _load_rows(key_ptr, key_row, exists, H, H_PAD)  # [BLOCK, H]
-    value = _load_rows(value_ptr, key_row, exists, V, V_PAD)  # [BLOCK, V]
-    segment_ptr += batch.to(tl.int64) * keys
-    if PACKED:
-        key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
-    pairs_ptr += kv_row.to(tl.int64) * pairs
-    # Pairs are in order of the query: whether the first one sees the whole block.
-    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
-    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
-
-    for start in range(first, last, ROWS // GROUP):
-        live, token, source, target = _load_pairs(
-            pairs_ptr,
-            start,
-            last,
-            kv_row,
-            kv_head,
-            KV_HEADS,
-            LISTS,
-            SLOTS,
-            GROUP,
-            ROWS,
-        )
-        query = _load_rows(query_ptr, source, live, H, H_PAD)  # [ROWS, H]
-        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
-        if masked:
-            query_position = first_token + token + keys - queries
-            seen = exists[None, :] & (position[None, :] <= query_position[:, None])
-            if PACKED:
-                segment = tl.load(segment_ptr + query_position, mask=live, other=0)
-                seen &= key_segment[None, :] == segment[:, None]
-            logits = tl.where(seen, logits, -float("inf"))  # [ROWS, BLOCK]
-        peak = tl.max(logits, axis=1) * scale_log2
-        peak = tl.where(peak == -float("inf"), 0.0, peak)
-        weights = tl.exp2(logits * scale_log2 - peak[:, None])
-        total = tl.sum(weights, axis=1)
-        out = tl.dot(weights.to(value.dtype), value, input_precision="tf32x3")
-        out *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-        _store_rows(partial_out_ptr, target, live, out, V, V_PAD)
-        # log2(0) = -inf where nothing is seen; times log(2) for the natural logarithm.
-        lse = (peak + tl.log2(total)) * 0.6931471805599453
-        tl.store(partial_lse_ptr + target, lse, mask=live)
-
-
-@triton.jit
-def _backward_kernel(
-    query_ptr,  # [B, T, N, H]
-    key_ptr,  # [B, S, K, H]
-    value_ptr,  # [B, S, K, V]
-    out_gradient_ptr,  # [B, T, N, V]
-    lse_ptr,  # [B, T, N], in base 2, +inf where nothing is seen
-    delta_ptr,  # [B, T, N]
-    segment_ptr,  # [B, S] if PACKED
-    pairs_ptr,  # [M, P]
-    unit_blocks_ptr,  # [M, U]
-    unit_firsts_ptr,  # [M, U]
-    unit_lasts_ptr,  # [M, U]
-    firsts_ptr,  # [2]
-    scale_log2,
-    queries,
-    keys,
-    pairs,
-    units,
-    partial_query_ptr,  # [L, M, R, n, G, H]
-    partial_key_ptr,  # [M, U, BLOCK, H], without the factor scale
-    partial_value_ptr,  # [M, U, BLOCK, V]
-    KV_HEADS: tl.constexpr,
-    LISTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    H: tl.constexpr,
-    V: tl.constexpr,
-    H_PAD: tl.constexpr,
-    V_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """One unit: what its block gives the gradients of its queries, and they to it."""
-    kv_row = tl.program_id(1)  # of the portion
-    unit = kv_row * units + tl.program_id(0)
-    block = tl.load(unit_blocks_ptr + unit)
-    if block < 0:
-        return
-    first = tl.load(unit_firsts_ptr + unit)
-    last = tl.load(unit_lasts_ptr + unit)
-    batch = (tl.load(firsts_ptr) + kv_row) // KV_HEADS
-    kv_head = (tl.load(firsts_ptr) + kv_row) % KV_HEADS
-    # Queries of the chunk, so that offsets from here on fit 32 bits.
-    first_token = tl.load(firsts_ptr + 1)
-    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
-    query_ptr += first_row * H
-    out_gradient_ptr += first_row * V
-    lse_ptr += first_row
-    delta_ptr += first_row
-    slot = tl.arange(0, BLOCK)
-    position = block * BLOCK + slot
-    exists = position < keys
-    key_row = (batch * keys + position).to(tl.int64) * KV_HEADS + kv_head
-    key = _load_rows(key_ptr, key_row, exists, H, H_PAD)  # [BLOCK, H]
-    value = _load_rows(value_ptr, key_row, exists, V, V_PAD)  # [BLOCK, V]
-    segment_ptr += batch.to(tl.int64) * keys
-    if PACKED:
-        key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
-    pairs_ptr += kv_row.to(tl.int64) * pairs
-    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
-    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
-    key_gradient = tl.zeros([BLOCK, H_PAD], tl.float32)
-    value_gradient = tl.zeros([BLOCK, V_PAD], tl.float32)
-
-    for start in range(first, last, ROWS // GROUP):
-        live, token, source, target = _load_pairs(
-            pairs_ptr,
-            start,
-            last,
-            kv_row,
-            kv_head,
-            KV_HEADS,
-            LISTS,
-            SLOTS,
-            GROUP,
-            ROWS,
-        )
-        query = _load_rows(query_ptr, source, live, H, H_PAD)  # [ROWS, H]
-        out_gradient = _load_rows(out_gradient_ptr, source, live, V, V_PAD)
-        lse = tl.load(lse_ptr + source, mask=live, other=float("inf"))
-        delta = tl.load(delta_ptr + source, mask=live, other=0.0)
-        # Transposed: weights and gradient then enter the products for key and value
-        # from registers.
-        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
-        if masked:
-            query_position = first_token + token + keys - queries
-            seen = exists[:, None] & (position[:, None] <= query_position[None, :])
-            if PACKED:
-                segment = tl.load(segment_ptr + query_position, mask=live, other=0)
-                seen &= key_segment[:, None] == segment[None, :]
-            logits = tl.where(seen, logits, -float("inf"))  # [BLOCK, ROWS]
-        weights = tl.exp2(logits * scale_log2 - lse[None, :])
-        value_gradient = tl.dot(
-            weights.to(value.dtype),
-            out_gradient,
-            value_gradient,
-            input_precision="tf32x3",
-        )
-        gradient = tl.dot(value, tl.trans(out_gradient), input_precision="tf32x3")
-        gradient = (weights * (gradient - delta[None, :])).to(query.dtype)  # of logits
-        key_gradient = tl.dot(gradient, query, key_gradient, input_precision="tf32x3")
-        query_gradient = tl.dot(tl.trans(gradient), key, input_precision="tf32x3")
-        query_gradient *= scale_log2 * 0.6931471805599453
-        _store_rows(partial_query_ptr, target, live, query_gradient, H, H_PAD)
-
-    unit_row = unit.to(tl.int64) * BLOCK + slot
-    everywhere = slot >= 0
-    _store_rows(partial_key_ptr, unit_row, everywhere, key_gradient, H, H_PAD)
-    _store_rows(partial_value_ptr, unit_row, everywhere, value_gradient, V, V_PAD)
-
-
-@triton.jit
-def _add_units_kernel(
-    sums_ptr,  # [M, blocks, SIZE]
-    partials_ptr,  # [M, U, SIZE]
-    starts_ptr,  # [M, blocks + 1]
-    units,
-    totals_ptr,  # [M, blocks, SIZE]
-    SIZE: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    element = tl.program_id(0) * STEP + tl.arange(0, STEP)
-    inside = element < SIZE
-    block = tl.program_id(1)
-    blocks = tl.num_programs(1)
-    kv_row = tl.program_id(2)
-    row = kv_row * (blocks + 1) + block
-    first = tl.load(starts_ptr + row)
-    last = tl.load(starts_ptr + row + 1)
-    offset = (kv_row * blocks + block).to(tl.int64) * SIZE + element
-    total = tl.load(sums_ptr + offset, mask=inside)
-    for unit in range(first, last):
-        partial = (kv_row * units + unit).to(tl.int64) * SIZE + element
-        total += tl.load(partials_ptr + partial, mask=inside)
-    tl.store(totals_ptr + offset, total, mask=inside)

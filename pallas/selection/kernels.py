@@ -54,7 +54,7 @@ def block_scores_kernel(
     key_ptr,  # [B, M, K, H]
     lse_ptr,  # [B, N, T], in base 2
     starts_ptr,  # [B, T] if PACKED
-    first_ptr,  # [1], the chunk's first query
+    step_ptr,  # [1], the chunk's number
     scale_log2,
     queries,
     windows,
@@ -86,7 +86,7 @@ def block_scores_kernel(
     first_block = tl.program_id(0) % TILES * BLOCKS
     # The latest queries first: they see the most.
     tile_row = (tl.num_programs(0) - 1 - tl.program_id(0)) // TILES * ROWS
-    first = tl.load(first_ptr) + tile_row
+    first = tl.load(step_ptr) * chunk + tile_row
     last_position = tl.minimum(first + ROWS, queries) - 1 + length - queries
     if (first >= queries) | (first_block * (CELLS * STRIDE) > last_position):
         return
@@ -149,7 +149,7 @@ def affinities_kernel(
     query_ptr,  # [B, T, N, H]
     key_ptr,  # [B, blocks, K, H]
     starts_ptr,  # [B, T] if PACKED
-    first_ptr,  # [1], the chunk's first query
+    step_ptr,  # [1], the chunk's number
     queries,
     blocks,
     length,
@@ -169,7 +169,7 @@ def affinities_kernel(
     """Products of some queries of one head with the blocks before them."""
     # The latest queries first: they have the most to do.
     tile_row = (tl.num_programs(0) - 1 - tl.program_id(0)) * ROWS
-    first = tl.load(first_ptr) + tile_row
+    first = tl.load(step_ptr) * chunk + tile_row
     if first >= queries:
         return
     head_row = tl.program_id(1)
@@ -202,13 +202,13 @@ def affinities_kernel(
 
 @triton.jit
 def best_blocks_kernel(
-    scores_ptr,  # [B, R, L, P, W]
     starts_ptr,  # [B, T] if PACKED
-    first_ptr,  # [1], the chunk's first query
+    step_ptr,  # [1], the chunk's number
     queries,
     length,
     chunk,
-    blocks_ptr,  # [B, L, R, n]
+    scores_ptr,  # [B, R, L, P, W]
+    blocks_ptr,  # [B, T, R, n]
     LISTS: tl.constexpr,
     BLOCK: tl.constexpr,
     NUM_BLOCKS: tl.constexpr,
@@ -222,7 +222,7 @@ def best_blocks_kernel(
     PACKED: tl.constexpr,
 ):
     """The initial and the local blocks of some queries, and the best of the others."""
-    first = tl.load(first_ptr) + tl.program_id(0) * ROWS
+    first = tl.load(step_ptr) * chunk + tl.program_id(0) * ROWS
     if first >= queries:
         return
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
@@ -240,7 +240,7 @@ def best_blocks_kernel(
     scores_ptr += (tl.program_id(1).to(tl.int64) * chunk + row)[:, None] * (
         PLANES * WIDTH
     )
-    list_row = (batch * chunk + row) * LISTS + tl.program_id(1) % LISTS
+    list_row = (batch * queries + token) * LISTS + tl.program_id(1) % LISTS
     blocks_ptr += list_row[:, None] * NUM_BLOCKS
     # The first blocks are all there is for the first queries.
     last_block = tl.max(own_block, axis=0)

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _triton, tuning
+from jattn.pallas import _steps, _triton, tuning
 from jattn.pallas.selection import kernels
 
 LOG2_E = math.log2(math.e)
@@ -118,23 +118,21 @@ def nsa_blocks(
     # A window may reach into the next block.
     planes = 1 if kernel_size == stride else 2
 
-    def scores(first, rows):
+    def scores(step, rows, out):
         b, t, n, h = query.shape
-        [out] = _triton.call(
+        [out] = _steps.write(
             kernels.block_scores_kernel,
             query,
             key,
             lse,
             starts.array,
-            first,
+            step,
             scale_log2,
             t,
             key.shape[1],
             length,
             rows,
-            outputs=[
-                jax.ShapeDtypeStruct((b, kv_heads, rows, planes, width), jnp.float32)
-            ],
+            results=[out],
             grid=(tiles * triton.cdiv(rows, tiling.rows), b * kv_heads),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
@@ -160,7 +158,8 @@ def nsa_blocks(
         query,
         starts,
         lists=kv_heads,
-        bytes_per_list=4 * planes * width,
+        planes=planes,
+        width=width,
         tile_rows=tiling.rows,
         length=length,
         block_size=block_size,
@@ -199,19 +198,19 @@ def moba_blocks(
     tiling = _tiling("selection_affinities", query, key, tiling)
     width = _padded(triton.cdiv(key.shape[1], tiling.columns) * tiling.columns)
 
-    def scores(first, rows):
+    def scores(step, rows, out):
         b, t, n, h = query.shape
-        [out] = _triton.call(
+        [out] = _steps.write(
             kernels.affinities_kernel,
             query,
             key,
             starts.array,
-            first,
+            step,
             t,
             key.shape[1],
             length,
             rows,
-            outputs=[jax.ShapeDtypeStruct((b, n, rows, 1, width), jnp.float32)],
+            results=[out],
             grid=(triton.cdiv(rows, tiling.rows), b * n),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
@@ -233,7 +232,8 @@ def moba_blocks(
         query,
         starts,
         lists=query.shape[2],
-        bytes_per_list=4 * width,
+        planes=1,
+        width=width,
         tile_rows=tiling.rows,
         length=length,
         block_size=block_size,
@@ -277,12 +277,13 @@ def _log_sum_exp(query, key, starts, *, length, scale_log2, **windows):
 
 
 def _best_blocks(
-    scores: Callable[[jax.Array, int], jax.Array],
+    scores: Callable[..., jax.Array],
     query: jax.Array,
     starts: "_Starts",
     *,
     lists: int,
-    bytes_per_list: int,
+    planes: int,
+    width: int,
     tile_rows: int,
     length: int,
     block_size: int,
@@ -293,13 +294,15 @@ def _best_blocks(
     """Lists int32 [B, T, R, n] of the best blocks, a chunk of queries at a time.
 
     Args:
-      scores: Of the first query of a chunk, int32 [1], and its length L, gives scores
-        fp32 [B, R, L, P, W] of blocks; with two planes their sum, in which the second
-        one does not count for the first block that a query sees.
+      scores: Of a chunk's number, int32 [1], the length L of chunks, and an array or
+        its shape, gives the array with scores fp32 [B, R, L, P, W] of blocks; with two
+        planes their sum, in which the second one does not count for the first block
+        that a query sees.
       query: [B, T, N, H].
       starts: First positions of the queries' documents.
       lists: R.
-      bytes_per_list: That of scores for one query and list.
+      planes: P.
+      width: W.
       tile_rows: Queries in a tile of scores.
       length: Tokens of the sequence.
       block_size: Tokens in a block.
@@ -308,25 +311,29 @@ def _best_blocks(
       num_local: Blocks always chosen at the query.
     """
     b, t = query.shape[:2]
-    rows = min(t, max(1, SCORE_BYTES // (b * lists * bytes_per_list)))
+    bytes_per_query = 4 * b * lists * planes * width
+    rows = min(t, max(1, SCORE_BYTES // bytes_per_query))
     if tile_rows < rows < t:
         rows -= rows % tile_rows
     columns = triton.next_power_of_2(triton.cdiv(length, block_size))
-    heuristic = RowTiling(max(1, 1024 // columns), min(16, max(1, columns // 1024)))
+    heuristic = RowTiling(max(1, 512 // columns), min(16, max(1, columns // 1024)))
     tiling = tuning.choose("selection_best_blocks", {"columns": columns}, heuristic)
+    new = (
+        jax.ShapeDtypeStruct((b, lists, rows, planes, width), jnp.float32),
+        jax.ShapeDtypeStruct((b, t, lists, num_blocks), jnp.int32),
+    )
 
-    def chunk(_, first):
-        block_scores = scores(first, rows)
-        planes, width = block_scores.shape[3:]
-        [blocks] = _triton.call(
+    def chunk(step, results):
+        block_scores, blocks = results or new
+        block_scores = scores(step, rows, block_scores)
+        return _steps.write(
             kernels.best_blocks_kernel,
-            block_scores,
             starts.array,
-            first,
+            step,
             t,
             length,
             rows,
-            outputs=[jax.ShapeDtypeStruct((b, rows, lists, num_blocks), jnp.int32)],
+            results=[block_scores, blocks],
             grid=(triton.cdiv(rows, tiling.rows), b * lists),
             num_warps=tiling.warps,
             LISTS=lists,
@@ -341,12 +348,8 @@ def _best_blocks(
             SLOTS=triton.next_power_of_2(num_blocks),
             PACKED=starts.packed,
         )
-        return None, blocks
 
-    firsts = jnp.arange(0, t, rows, dtype=jnp.int32)[:, None]
-    _, blocks = jax.lax.scan(chunk, None, firsts)  # [chunks, B, L, R, n]
-    blocks = jnp.moveaxis(blocks, 0, 1)
-    return blocks.reshape(b, -1, lists, num_blocks)[:, :t]
+    return _steps.each_step(triton.cdiv(t, rows), chunk)[1]
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.measure import Case, measure, programs
+from benchmarks.measure import Case, measure
 from tests.support import normal
 
 QUICK = {"rounds": 3, "seconds": 1e-3, "matmul_size": 32}
@@ -22,7 +22,7 @@ def case(function=scaled_product, backward_flops=2000):
 
 def test_the_three_programs_compute_value_and_gradients():
     product = case()
-    forward, backward, both = programs(product).values()
+    forward, backward, both = product.programs().values()
     for program in (forward, backward, both):
         program.lower()
         program.compile()

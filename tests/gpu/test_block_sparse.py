@@ -35,6 +35,8 @@ CASES = {
     "packed": dict(t=1000, g=16, b=2, packed=True),
     "queries end the keys": dict(t=100, s=1000, g=3),
     "a list for each head": dict(t=257, g=4, per_head=True),
+    "neighbours share blocks": dict(t=1000, g=16, n=6, shared=True),
+    "shared by some": dict(t=700, s=1001, g=6, n=6, shared=True, packed=True),
     "several chunks": dict(t=1000, g=4, partial_bytes=2**18),
     "several portions": dict(t=1000, g=4, k=8, partial_bytes=2**22),
 }
@@ -53,7 +55,11 @@ def inputs(case, seed=0):
     block_size = sizes["block_size"]
     lists = k * g if sizes.get("per_head") else k
     indices = rng.integers(-1, -(-s // block_size), (b, t, lists, sizes["n"]))
-    indices[..., 0] = (np.arange(s - t, s) // block_size)[:, None]
+    own = (np.arange(s - t, s) // block_size)[:, None]
+    indices[..., 0] = own
+    if sizes.get("shared"):
+        indices[..., 1] = own - 1
+        indices[..., 2] = 0
     segment_ids = (
         documents(s // 3, s - s // 3, batch=b) if sizes.get("packed") else None
     )

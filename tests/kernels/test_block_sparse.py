@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jattn.ops.block_sparse import block_sparse_attention
-from jattn.pallas import _triton
+from jattn.pallas import _steps, _triton
 from jattn.pallas.block_sparse import pairs, unsupported
 from jattn.pallas.block_sparse import triton as kernel
 from tests.support import (
@@ -24,18 +24,40 @@ CASES = {
     "a list for each head": dict(b=1, t=45, g=2, lists=4),
     "packed, queries end the keys": dict(b=2, t=20, s=43, packed=True),
     "blocks of several kernel blocks": dict(b=1, t=111, k=1, n=2, block_size=48),
+    "neighbours share blocks": dict(b=2, t=70, g=3, n=5, shared=True),
+    "shared by some": dict(t=101, s=110, lists=4, n=5, shared=True, packed=True),
     "in chunks": dict(b=2, t=33, packed=True, chunk=8),
+    "in a loop of chunks": dict(b=2, t=40, n=4, shared=True, chunk=8, listed=1),
     "in portions": dict(b=2, t=33, chunk=33),
 }
 
 
-def inputs(b=1, t=33, s=None, k=2, g=2, h=16, v=16, n=2, lists=None, block_size=16):
-    """Query, key, value, and random block indices, some of them none or repeated."""
+def inputs(
+    b=1,
+    t=33,
+    s=None,
+    k=2,
+    g=2,
+    h=16,
+    v=16,
+    n=2,
+    lists=None,
+    block_size=16,
+    shared=False,
+):
+    """Query, key, value, and random block indices, some of them none or repeated.
+
+    Shared ones are the own block, the one before, and the first.
+    """
     s = s or t
     arrays = normal(0, (b, t, k * g, h), (b, s, k, h), (b, s, k, v))
     rng = np.random.default_rng(1)
-    shape = (b, t, lists or k, n)
-    return *arrays, jnp.asarray(rng.integers(-1, -(-s // block_size), shape), jnp.int32)
+    indices = rng.integers(-1, -(-s // block_size), (b, t, lists or k, n))
+    if shared:
+        own = (np.arange(s - t, s) // block_size)[:, None]
+        for i, block in enumerate((own, own - 1, 0)):
+            indices[..., i] = block
+    return *arrays, jnp.asarray(indices, jnp.int32)
 
 
 def value_and_gradients(attend, *arrays):
@@ -75,6 +97,7 @@ def xla_form(indices, block_size=16, segment_ids=None):
 def test_equals_the_jnp_form(monkeypatch, case):
     sizes = dict(CASES[case])
     packed, chunk = sizes.pop("packed", False), sizes.pop("chunk", None)
+    monkeypatch.setattr(_steps, "MAX_LISTED", sizes.pop("listed", 99))
     *arrays, indices = inputs(**sizes)
     b, s = arrays[1].shape[:2]
     options = {
@@ -91,15 +114,33 @@ def test_equals_the_jnp_form(monkeypatch, case):
 
 
 def test_a_long_row_is_split_and_added_up():
-    # Every query chooses block 0 twice; it has several units of work.
-    *arrays, indices = inputs(t=70, k=1, g=32, n=2)
-    indices = jnp.zeros_like(indices)
-    forward, backward = kernel.tilings(arrays[0], arrays[2], 16, 32)
-    unit = max(x.tiles * (x.rows // 32) for x in (forward, backward))
-    assert arrays[0].shape[1] > 2 * unit
+    # Every second query chooses block 0 twice; it has several units of work.
+    *arrays, indices = inputs(t=140, k=1, g=32, n=2)
+    indices = jnp.zeros_like(indices).at[:, ::2].set(-1)
+    tilings = kernel.forward_tiling, kernel.backward_tiling
+    tilings = [tiling(arrays[0], arrays[2], 16, 32) for tiling in tilings]
+    unit = max(x.tiles * (x.rows // 32) for x in tilings)
+    assert arrays[0].shape[1] / 2 > 2 * unit
     actual = kernel_form(indices)(*arrays)
     expected = xla_form(indices)(*arrays)
     jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+def test_blocks_shared_by_a_tile_make_no_pairs():
+    *arrays, indices = inputs(t=64, k=1, n=4, shared=True)
+    indices = indices.at[0, 37, 0, 2].set(-1)  # that tile does not share block 0
+    launch = kernel.Launch(*arrays, indices, None, 16, 0.25)
+    assert launch.tokens == 16
+    blocks, shared = launch.plan(share=True)
+    expected = [[0], [1, 0], [2, 1], [3, 2, 0]]
+    assert [x[1 : 1 + x[0]].tolist() for x in np.asarray(shared)[0, :, 0]] == expected
+    has = (np.asarray(indices)[0, :, 0, :, None] == np.arange(4)).any(axis=1)
+    for tile, forced in enumerate(expected):
+        rows = slice(16 * tile, 16 * tile + 16)
+        own = tile >= np.arange(4)
+        makes = has[rows] & own & ~np.isin(np.arange(4), forced)
+        made = (np.asarray(blocks)[0, 0, 0, rows, 0, :, None] == np.arange(4)).any(1)
+        np.testing.assert_array_equal(made, makes)
 
 
 def test_neither_order_nor_unseen_memory_nor_an_empty_list_matters():
@@ -158,7 +199,7 @@ def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
         shape(1, 1000, 1, 128),
         shape(1, 1000, 1, 4, dtype=jnp.int32),
     )
-    for name in ("_forward_kernel", "_backward_kernel"):
+    for name in ("forward_kernel", "combine_kernel", "backward_kernel"):
         ptx, shared_bytes = kernels[name]
         assert "wgmma.mma_async" in ptx
         assert shared_bytes <= 227 * 1024

@@ -1,0 +1,580 @@
+"""The kernels of attention to chosen blocks; what launches them is in `triton.py`."""
+
+import triton
+import triton.language as tl
+
+from jattn.pallas._tiles import _load_rows, _store_rows
+
+LOG_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _step_place(step_ptr, kv_row, length, chunks, KV_HEADS: tl.constexpr):
+    """Where a program is whose kv head is the portion's kv_row-th.
+
+    Returns the row of the step's arrays [D, C, M, ..], and the batch row, the kv head
+    and the chunk's first query.
+    """
+    step = tl.load(step_ptr)
+    row = step * tl.num_programs(1) + kv_row
+    place = step // chunks * tl.num_programs(1) + kv_row
+    return row, place // KV_HEADS, place % KV_HEADS, step % chunks * length
+
+
+@triton.jit
+def plan_kernel(
+    lists_ptr,  # [B, T, K, R, n / SPLIT]
+    queries,
+    keys,
+    length,
+    chunks,
+    blocks_ptr,  # int32 [D, C, M, L, R, n]
+    shared_ptr,  # int32 [B K, C L / TOKENS, R, 4] if SHARE
+    KV_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,
+    SPLIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    PORTION: tl.constexpr,
+    SHARE: tl.constexpr,
+):
+    """Blocks of some queries without those that repeat or are past the query.
+
+    With SHARE, the last block, the one before and the first go to shared_ptr where all
+    the queries of a tile have them, after their number, and are left out of blocks_ptr.
+    """
+    ENTRIES: tl.constexpr = SLOTS // SPLIT
+    tile = tl.program_id(0) // LISTS
+    member = tl.program_id(0) % LISTS
+    kv_row = tl.program_id(1)
+    batch = kv_row // KV_HEADS
+    count = tl.cdiv(keys, BLOCK)
+    token = tile * TOKENS + tl.arange(0, TOKENS)
+    live = token < queries
+    list_row = ((batch * queries + token).to(tl.int64) * KV_HEADS) + kv_row % KV_HEADS
+    lists_ptr += (list_row * LISTS + member)[:, None] * ENTRIES
+    slot = tl.arange(0, SLOTS_PAD)[None, :]
+    inside = live[:, None] & (slot < SLOTS)
+    entry = slot // SPLIT
+    listed = tl.load(lists_ptr + entry, mask=inside, other=-1)
+    own = (token + keys - queries) // BLOCK
+    kept = (listed >= 0) & (listed <= own[:, None] // SPLIT)
+    for earlier in range(ENTRIES - 1):
+        again = tl.load(lists_ptr + earlier, mask=live[:, None], other=-1)
+        kept &= (listed != again) | (entry <= earlier)
+    block = listed * SPLIT + slot % SPLIT
+    block = tl.where(kept & (block <= own[:, None]), block, count)
+
+    if SHARE:
+        last = (tile * TOKENS + keys - queries) // BLOCK
+        first = tl.min(tl.min(block, axis=1), axis=0)
+        tiles = tl.num_programs(0) // LISTS
+        shared_ptr += ((kv_row * tiles + tile) * LISTS + member) * 4
+        found = 0
+        for i in tl.static_range(3):  # pyright: ignore[reportGeneralTypeIssues]
+            candidate = first if i == 2 else last - i
+            has = (block == candidate) & (block < count)
+            has = tl.max(has.to(tl.int32), axis=1)
+            everyone = tl.min(tl.where(live, has, 1), axis=0) != 0
+            block = tl.where(everyone & (block == candidate), count, block)
+            found = tl.where(everyone, found + 1, found)
+            tl.store(shared_ptr + found, candidate, mask=everyone)
+        tl.store(shared_ptr, found)
+
+    chunk = tile * TOKENS // length
+    row = (kv_row // PORTION * chunks + chunk) * PORTION + kv_row % PORTION
+    row = (row.to(tl.int64) * length + token - chunk * length) * LISTS + member
+    tl.store(blocks_ptr + row[:, None] * SLOTS + slot, block, mask=slot < SLOTS)
+
+
+@triton.jit
+def _load_pairs(
+    pairs_ptr,  # [P], of this chunk and kv head
+    start,
+    last,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Which rows of a tile hold anything, and their pairs."""
+    row = tl.arange(0, ROWS)
+    index = start + row // GROUP
+    live = (index < last) & (row < ROWS // GROUP * GROUP)
+    return live, tl.load(pairs_ptr + index, mask=live, other=0)
+
+
+@triton.jit
+def _pair_rows(
+    pair,
+    kv_row,
+    kv_head,
+    KV_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Where the rows of a tile come from and go to.
+
+    Returns their query, counted from the chunk's first, their row in arrays [L, N, ..]
+    and their row in partial results [L, M, R, n, G, ..].
+    """
+    row = tl.arange(0, ROWS)
+    entry = pair // SLOTS
+    token = entry // LISTS
+    member = entry % LISTS
+    source = ((token * KV_HEADS + kv_head) * LISTS + member) * GROUP + row % GROUP
+    target = (token * tl.num_programs(1) + kv_row) * LISTS + member
+    target = target * SLOTS + pair % SLOTS
+    return token, source, target * GROUP + row % GROUP
+
+
+@triton.jit
+def forward_kernel(
+    query_ptr,  # [B, T, N, H]
+    key_ptr,  # [B, S, K, H]
+    value_ptr,  # [B, S, K, V]
+    segment_ptr,  # [B, S] if PACKED
+    pairs_ptr,  # [D, C, M, P]
+    unit_blocks_ptr,  # [D, C, M, U]
+    unit_firsts_ptr,  # [D, C, M, U]
+    unit_lasts_ptr,  # [D, C, M, U]
+    step_ptr,  # [1]
+    scale_log2,
+    queries,
+    keys,
+    length,
+    chunks,
+    pairs,
+    units,
+    partial_out_ptr,  # [L, M, R, n, G, V]
+    partial_lse_ptr,  # [L, M, R, n, G], in base 2
+    KV_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    H_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One unit: attention of its queries to its block alone."""
+    kv_row = tl.program_id(1)  # of the portion
+    row, batch, kv_head, first_token = _step_place(
+        step_ptr, kv_row, length, chunks, KV_HEADS
+    )
+    unit = row.to(tl.int64) * units + tl.program_id(0)
+    block = tl.load(unit_blocks_ptr + unit)
+    if block < 0:
+        return
+    first = tl.load(unit_firsts_ptr + unit)
+    last = tl.load(unit_lasts_ptr + unit)
+    # Queries of the chunk, so that offsets from here on fit 32 bits.
+    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
+    query_ptr += first_row * H
+    position = block * BLOCK + tl.arange(0, BLOCK)
+    exists = position < keys
+    key_row = (batch * keys + position).to(tl.int64) * KV_HEADS + kv_head
+    key = _load_rows(key_ptr, key_row, exists, H, H_PAD)  # [BLOCK, H]
+    value = _load_rows(value_ptr, key_row, exists, V, V_PAD)  # [BLOCK, V]
+    segment_ptr += batch.to(tl.int64) * keys
+    if PACKED:
+        key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
+    pairs_ptr += row.to(tl.int64) * pairs
+    # Pairs are in order of the query: whether the first one sees the whole block.
+    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
+    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
+
+    STEP: tl.constexpr = ROWS // GROUP
+    live, pair = _load_pairs(pairs_ptr, first, last, GROUP, ROWS)
+    _, source, _ = _pair_rows(
+        pair, kv_row, kv_head, KV_HEADS, LISTS, SLOTS, GROUP, ROWS
+    )
+    query = _load_rows(query_ptr, source, live, H, H_PAD)  # [ROWS, H]
+    for start in range(first, last, STEP):
+        token, _, target = _pair_rows(
+            pair, kv_row, kv_head, KV_HEADS, LISTS, SLOTS, GROUP, ROWS
+        )
+        written = live
+        live, pair = _load_pairs(pairs_ptr, start + STEP, last, GROUP, ROWS)
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        # The next tile's queries arrive while this one is worked on.
+        _, source, _ = _pair_rows(
+            pair, kv_row, kv_head, KV_HEADS, LISTS, SLOTS, GROUP, ROWS
+        )
+        query = _load_rows(query_ptr, source, live, H, H_PAD)
+        if masked:
+            query_position = first_token + token + keys - queries
+            seen = exists[None, :] & (position[None, :] <= query_position[:, None])
+            if PACKED:
+                segment = tl.load(segment_ptr + query_position, mask=written, other=0)
+                seen &= key_segment[None, :] == segment[:, None]
+            logits = tl.where(seen, logits, -float("inf"))  # [ROWS, BLOCK]
+        peak = tl.max(logits, axis=1) * scale_log2
+        peak = tl.where(peak == -float("inf"), 0.0, peak)
+        weights = tl.exp2(logits * scale_log2 - peak[:, None])
+        total = tl.sum(weights, axis=1)
+        out = tl.dot(weights.to(value.dtype), value, input_precision="tf32x3")
+        out *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+        _store_rows(partial_out_ptr, target, written, out, V, V_PAD)
+        # log2(0) = -inf where nothing is seen.
+        lse = peak + tl.log2(total)
+        tl.store(partial_lse_ptr + target, lse, mask=written)
+
+
+@triton.jit
+def _load_partial_lse(
+    blocks_ptr,  # [ROWS] pointers to [n]
+    lse_ptrs,  # [ROWS] pointers to [n, G]
+    live,
+    blocks,
+    slot,
+    GROUP: tl.constexpr,
+):
+    """Log-sum-exps [ROWS] of partial results, -inf where there is none."""
+    # Both are loaded at once, though the latter may be anything if there is none.
+    block = tl.load(blocks_ptr + slot, mask=live, other=blocks)
+    lse = tl.load(lse_ptrs + slot * GROUP, mask=live, other=0.0)
+    return tl.where(block < blocks, lse, -float("inf"))
+
+
+@triton.jit
+def combine_kernel(
+    query_ptr,  # [B, T, N, H]
+    key_ptr,  # [B, S, K, H]
+    value_ptr,  # [B, S, K, V]
+    segment_ptr,  # [B, S] if PACKED
+    blocks_ptr,  # [D, C, M, L, R, n]
+    shared_ptr,  # [B K, C L / TOKENS, R, 4]
+    step_ptr,  # [1]
+    scale_log2,
+    queries,
+    keys,
+    length,
+    chunks,
+    partial_out_ptr,  # [L, M, R, n, G, V]
+    partial_lse_ptr,  # [L, M, R, n, G], in base 2
+    out_ptr,  # [B, T, N, V]
+    lse_ptr,  # [B, T, N]
+    KV_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    H_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """Attention of a tile of queries: to the blocks they share, and what is partial."""
+    kv_row = tl.program_id(1)  # of the portion
+    member = tl.program_id(0) % LISTS
+    step_row, batch, kv_head, first_token = _step_place(
+        step_ptr, kv_row, length, chunks, KV_HEADS
+    )
+    tile_token = tl.program_id(0) // LISTS * TOKENS  # of the chunk
+    first_token += tile_token
+    if first_token >= queries:
+        return
+    row = tl.arange(0, ROWS)
+    token = row // GROUP  # of the tile
+    live = (row < TOKENS * GROUP) & (first_token + token < queries)
+    list_row = (step_row.to(tl.int64) * length + tile_token + token) * LISTS + member
+    blocks_ptr += list_row * SLOTS
+    blocks = tl.cdiv(keys, BLOCK)
+    first_target = (tile_token * tl.num_programs(1) + kv_row) * LISTS + member
+    partial_out_ptr += first_target.to(tl.int64) * (SLOTS * GROUP * V)
+    partial_lse_ptr += first_target.to(tl.int64) * (SLOTS * GROUP)
+    target = token * (tl.num_programs(1) * LISTS * SLOTS * GROUP) + row % GROUP
+    lse_ptrs = partial_lse_ptr + target
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    for slot in range(SLOTS):
+        lse = _load_partial_lse(blocks_ptr, lse_ptrs, live, blocks, slot, GROUP)
+        peak = tl.maximum(peak, lse)
+    finite_peak = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, V_PAD], tl.float32)
+    lse = _load_partial_lse(blocks_ptr, lse_ptrs, live, blocks, 0, GROUP)
+    for slot in range(SLOTS):
+        weight = tl.exp2(lse - finite_peak)
+        total += weight
+        # The next one arrives while this one's partial result does.
+        more = live & (slot + 1 < SLOTS)
+        lse = _load_partial_lse(blocks_ptr, lse_ptrs, more, blocks, slot + 1, GROUP)
+        # Nobody has written partial results of no weight.
+        place = target + slot * GROUP
+        partial_out = _load_rows(partial_out_ptr, place, weight > 0.0, V, V_PAD)
+        out += partial_out * weight[:, None]
+
+    head = (kv_head * LISTS + member) * GROUP + row % GROUP
+    first_row = (batch * queries + first_token).to(tl.int64)
+    first_row *= KV_HEADS * LISTS * GROUP
+    source = token * (KV_HEADS * LISTS * GROUP) + head
+    query = _load_rows(query_ptr + first_row * H, source, live, H, H_PAD)
+    first_position = first_token + keys - queries
+    position = first_position + token
+    if PACKED:
+        segment_ptr += batch.to(tl.int64) * keys
+        segment = tl.load(segment_ptr + position, mask=live, other=0)
+    tiles = chunks * length // TOKENS
+    shared_row = (batch * KV_HEADS + kv_head) * tiles + first_token // TOKENS
+    shared_ptr += (shared_row * LISTS + member) * 4
+    for i in range(tl.load(shared_ptr)):
+        block = tl.load(shared_ptr + 1 + i)
+        key_position = block * BLOCK + tl.arange(0, BLOCK)
+        exists = key_position < keys
+        key_row = (batch * keys + key_position).to(tl.int64) * KV_HEADS + kv_head
+        key = _load_rows(key_ptr, key_row, exists, H, H_PAD)
+        logits = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        if PACKED or block * BLOCK + BLOCK - 1 > first_position:
+            seen = exists[None, :] & (key_position[None, :] <= position[:, None])
+            if PACKED:
+                key_segment = tl.load(segment_ptr + key_position, mask=exists, other=0)
+                seen &= key_segment[None, :] == segment[:, None]
+            logits = tl.where(seen, logits, -float("inf"))  # [ROWS, BLOCK]
+        new_peak = tl.maximum(peak, tl.max(logits, axis=1) * scale_log2)
+        finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+        weights = tl.exp2(logits * scale_log2 - finite_peak[:, None])
+        decay = tl.exp2(peak - finite_peak)
+        total = total * decay + tl.sum(weights, axis=1)
+        peak = new_peak
+        # Loaded only here: earlier, it would take registers from the logits.
+        value = _load_rows(value_ptr, key_row, exists, V, V_PAD)
+        weights = weights.to(value.dtype)
+        out = tl.dot(weights, value, out * decay[:, None], input_precision="tf32x3")
+
+    out *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
+    _store_rows(out_ptr + first_row * V, source, live, out, V, V_PAD)
+    # log2(0) = -inf where nothing is seen; times log(2) for the natural logarithm.
+    lse = (peak + tl.log2(total)) * LOG_2
+    tl.store(lse_ptr + first_row + source, lse, mask=live)
+
+
+@triton.jit
+def backward_kernel(
+    query_ptr,  # [B, T, N, H]
+    key_ptr,  # [B, S, K, H]
+    value_ptr,  # [B, S, K, V]
+    out_gradient_ptr,  # [B, T, N, V]
+    lse_ptr,  # [B, T, N], in base 2, +inf where nothing is seen
+    delta_ptr,  # [B, T, N]
+    segment_ptr,  # [B, S] if PACKED
+    pairs_ptr,  # [D, C, M, P]
+    unit_blocks_ptr,  # [D, C, M, U]
+    unit_firsts_ptr,  # [D, C, M, U]
+    unit_lasts_ptr,  # [D, C, M, U]
+    step_ptr,  # [1]
+    scale_log2,
+    queries,
+    keys,
+    length,
+    chunks,
+    pairs,
+    units,
+    partial_query_ptr,  # [L, M, R, n, G, H]
+    partial_key_ptr,  # [M, U, BLOCK, H], without the factor scale
+    partial_value_ptr,  # [M, U, BLOCK, V]
+    KV_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    V: tl.constexpr,
+    H_PAD: tl.constexpr,
+    V_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    PACKED: tl.constexpr,
+):
+    """One unit: what its block gives the gradients of its queries, and they to it."""
+    kv_row = tl.program_id(1)  # of the portion
+    row, batch, kv_head, first_token = _step_place(
+        step_ptr, kv_row, length, chunks, KV_HEADS
+    )
+    unit = row.to(tl.int64) * units + tl.program_id(0)
+    block = tl.load(unit_blocks_ptr + unit)
+    if block < 0:
+        return
+    first = tl.load(unit_firsts_ptr + unit)
+    last = tl.load(unit_lasts_ptr + unit)
+    # Queries of the chunk, so that offsets from here on fit 32 bits.
+    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
+    query_ptr += first_row * H
+    out_gradient_ptr += first_row * V
+    lse_ptr += first_row
+    delta_ptr += first_row
+    slot = tl.arange(0, BLOCK)
+    position = block * BLOCK + slot
+    exists = position < keys
+    key_row = (batch * keys + position).to(tl.int64) * KV_HEADS + kv_head
+    key = _load_rows(key_ptr, key_row, exists, H, H_PAD)  # [BLOCK, H]
+    value = _load_rows(value_ptr, key_row, exists, V, V_PAD)  # [BLOCK, V]
+    segment_ptr += batch.to(tl.int64) * keys
+    if PACKED:
+        key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
+    pairs_ptr += row.to(tl.int64) * pairs
+    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
+    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
+    key_gradient = tl.zeros([BLOCK, H_PAD], tl.float32)
+    value_gradient = tl.zeros([BLOCK, V_PAD], tl.float32)
+
+    for start in range(first, last, ROWS // GROUP):
+        live, pair = _load_pairs(pairs_ptr, start, last, GROUP, ROWS)
+        token, source, target = _pair_rows(
+            pair, kv_row, kv_head, KV_HEADS, LISTS, SLOTS, GROUP, ROWS
+        )
+        query = _load_rows(query_ptr, source, live, H, H_PAD)  # [ROWS, H]
+        out_gradient = _load_rows(out_gradient_ptr, source, live, V, V_PAD)
+        lse = tl.load(lse_ptr + source, mask=live, other=float("inf"))
+        delta = tl.load(delta_ptr + source, mask=live, other=0.0)
+        # Transposed: weights and gradient then enter the products for key and value
+        # from registers.
+        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
+        if masked:
+            query_position = first_token + token + keys - queries
+            seen = exists[:, None] & (position[:, None] <= query_position[None, :])
+            if PACKED:
+                segment = tl.load(segment_ptr + query_position, mask=live, other=0)
+                seen &= key_segment[:, None] == segment[None, :]
+            logits = tl.where(seen, logits, -float("inf"))  # [BLOCK, ROWS]
+        weights = tl.exp2(logits * scale_log2 - lse[None, :])
+        value_gradient = tl.dot(
+            weights.to(value.dtype),
+            out_gradient,
+            value_gradient,
+            input_precision="tf32x3",
+        )
+        gradient = tl.dot(value, tl.trans(out_gradient), input_precision="tf32x3")
+        gradient = (weights * (gradient - delta[None, :])).to(query.dtype)  # of logits
+        key_gradient = tl.dot(gradient, query, key_gradient, input_precision="tf32x3")
+        query_gradient = tl.dot(tl.trans(gradient), key, input_precision="tf32x3")
+        query_gradient *= scale_log2 * LOG_2
+        _store_rows(partial_query_ptr, target, live, query_gradient, H, H_PAD)
+
+    unit_row = (kv_row * units + tl.program_id(0)).to(tl.int64) * BLOCK + slot
+    everywhere = slot >= 0
+    _store_rows(partial_key_ptr, unit_row, everywhere, key_gradient, H, H_PAD)
+    _store_rows(partial_value_ptr, unit_row, everywhere, value_gradient, V, V_PAD)
+
+
+@triton.jit
+def add_units_kernel(
+    unit_starts_ptr,  # [D, C, M, blocks + 1]
+    step_ptr,  # [1]
+    length,
+    chunks,
+    units,
+    partial_key_ptr,  # [M, U, KEY_SIZE]
+    partial_value_ptr,  # [M, U, VALUE_SIZE]
+    key_sums_ptr,  # [B K, blocks, KEY_SIZE]
+    value_sums_ptr,  # [B K, blocks, VALUE_SIZE]
+    KV_HEADS: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    """Adds what a block's units give its gradients to what earlier steps did."""
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    kv_row = tl.program_id(1)
+    row, batch, kv_head, _ = _step_place(step_ptr, kv_row, length, chunks, KV_HEADS)
+    unit_starts_ptr += row * (blocks + 1) + block
+    first = tl.load(unit_starts_ptr)
+    last = tl.load(unit_starts_ptr + 1)
+    if first >= last:
+        return
+    sum_row = ((batch * KV_HEADS + kv_head) * blocks + block).to(tl.int64)
+    unit_row = (kv_row * units).to(tl.int64)
+    _add_range(
+        key_sums_ptr + sum_row * KEY_SIZE,
+        partial_key_ptr + unit_row * KEY_SIZE,
+        first,
+        last,
+        KEY_SIZE,
+        STEP,
+    )
+    _add_range(
+        value_sums_ptr + sum_row * VALUE_SIZE,
+        partial_value_ptr + unit_row * VALUE_SIZE,
+        first,
+        last,
+        VALUE_SIZE,
+        STEP,
+    )
+
+
+@triton.jit
+def _add_range(
+    sums_ptr, partials_ptr, first, last, SIZE: tl.constexpr, STEP: tl.constexpr
+):
+    """Adds partials [first:last, SIZE] to sums [SIZE]: this program's STEP of them."""
+    element = tl.program_id(2) * STEP + tl.arange(0, STEP)
+    inside = element < SIZE
+    total = tl.load(sums_ptr + element, mask=inside)
+    partials_ptr += first.to(tl.int64) * SIZE + element
+    for _ in range(first, last):
+        total += tl.load(partials_ptr, mask=inside)
+        partials_ptr += SIZE
+    tl.store(sums_ptr + element, total, mask=inside)
+
+
+@triton.jit
+def add_queries_kernel(
+    blocks_ptr,  # [D, C, M, L, R, n]
+    step_ptr,  # [1]
+    queries,
+    keys,
+    length,
+    chunks,
+    partial_query_ptr,  # [L, M, R, n, G, H]
+    query_gradient_ptr,  # [B, T, N, H]
+    KV_HEADS: tl.constexpr,
+    LISTS: tl.constexpr,
+    SLOTS: tl.constexpr,
+    GROUP: tl.constexpr,
+    H: tl.constexpr,
+    H_PAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+    TOKENS: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Adds what the blocks of some queries give to their gradient."""
+    kv_row = tl.program_id(1)  # of the portion
+    member = tl.program_id(0) % LISTS
+    step_row, batch, kv_head, first_token = _step_place(
+        step_ptr, kv_row, length, chunks, KV_HEADS
+    )
+    tile_token = tl.program_id(0) // LISTS * TOKENS  # of the chunk
+    first_token += tile_token
+    if first_token >= queries:
+        return
+    row = tl.arange(0, ROWS)
+    token = row // GROUP  # of the tile
+    live = (row < TOKENS * GROUP) & (first_token + token < queries)
+    blocks = tl.cdiv(keys, BLOCK)
+    list_row = (step_row.to(tl.int64) * length + tile_token + token) * LISTS + member
+    blocks_ptr += list_row * SLOTS
+    first_target = (tile_token * tl.num_programs(1) + kv_row) * LISTS + member
+    partial_query_ptr += first_target.to(tl.int64) * (SLOTS * GROUP * H)
+    target = token * (tl.num_programs(1) * LISTS * SLOTS * GROUP) + row % GROUP
+    gradient = tl.zeros([ROWS, H_PAD], tl.float32)
+    block = tl.load(blocks_ptr, mask=live, other=blocks)
+    for slot in range(SLOTS):
+        partial = block < blocks
+        # The next one arrives while this one's partial result does.
+        more = live & (slot + 1 < SLOTS)
+        block = tl.load(blocks_ptr + slot + 1, mask=more, other=blocks)
+        place = target + slot * GROUP
+        gradient += _load_rows(partial_query_ptr, place, partial, H, H_PAD)
+    first_row = (batch * queries + first_token).to(tl.int64)
+    query_gradient_ptr += first_row * (KV_HEADS * LISTS * GROUP * H)
+    head = (kv_head * LISTS + member) * GROUP + row % GROUP
+    source = token * (KV_HEADS * LISTS * GROUP) + head
+    _store_rows(query_gradient_ptr, source, live, gradient, H, H_PAD)
