@@ -12,6 +12,7 @@ from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
 from jattn.ops.selective import attend_positions, selective_attention
+from jattn.ops.selective_decode import cached_selective_attention
 
 
 class SelectiveCache(struct.PyTreeNode):
@@ -130,9 +131,13 @@ class SelectiveAttention(nn.Module):
             out = self._attend(query, key, value, segment_ids)
         elif self.budget is None or cache.position.shape[1] < self.budget:
             # A cache of fewer slots than the budget has one for each of its tokens.
-            out, cache = _attend_cached(query, key, value, positions, cache)
+            out, cache = _attend_cached(
+                query, key, value, positions, cache, self.implementation
+            )
         else:
-            out, cache = _attend_pruned(query, key, value, positions, cache)
+            out, cache = attend_pruned(
+                query, key, value, positions, cache, self.implementation
+            )
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
@@ -198,7 +203,7 @@ def _attend_budget(query, key, value, segment_ids, *, budget, memory_tau):
     return out, memory
 
 
-def _attend_cached(query, key, value, positions, cache):
+def _attend_cached(query, key, value, positions, cache, implementation):
     """Attention to the cache with the new tokens written at their positions."""
     cache = cache.replace(
         key=caches.write(cache.key, key, positions),
@@ -206,11 +211,30 @@ def _attend_cached(query, key, value, positions, cache):
         position=caches.write(cache.position, positions, positions),
         length=cache.length + jnp.sum(positions >= 0, axis=1, dtype=jnp.int32),
     )
-    return _attend_slots(query, positions, cache)
+    return _attend_slots(query, positions, cache, implementation)
 
 
-def _attend_pruned(query, key, value, positions, cache):
-    """Attention token by token, each in the slot of what is forgotten for it."""
+def attend_pruned(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    cache: SelectiveCache,
+    implementation: _common.Implementation | None = None,
+) -> tuple[jax.Array, SelectiveCache]:
+    """Attention token by token, each in the slot of what is forgotten for it.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, T, K, H].
+      value: [B, T, K, H].
+      positions: int32 [B, T] of the tokens in their rows, -1 for padding.
+      cache: Of as many slots as the budget, which tokens fill first.
+      implementation: "xla", "triton", or None for the fastest.
+
+    Returns:
+      Output [B, T, N, H] and the new cache.
+    """
 
     def step(cache, token):
         query, key, value, position = token  # [B, 1, N, H], ..., [B, 1]
@@ -229,7 +253,7 @@ def _attend_pruned(query, key, value, positions, cache):
             position=caches.write(cache.position, position, slot),
             length=cache.length + (position[:, 0] >= 0),
         )
-        out, cache = _attend_slots(query, position, cache)
+        out, cache = _attend_slots(query, position, cache, implementation)
         return cache, out
 
     tokens = jax.tree.map(
@@ -239,16 +263,16 @@ def _attend_pruned(query, key, value, positions, cache):
     return jnp.moveaxis(out[:, :, 0], 0, 1), cache
 
 
-def _attend_slots(query, positions, cache):
+def _attend_slots(query, positions, cache, implementation):
     """Attention of queries to the slots of the cache; the cache with F after them."""
-    out, _, _, mask = attend_positions(
+    out, mask = cached_selective_attention(
         query,
         cache.key.astype(query.dtype),
         cache.value.astype(query.dtype),
         cache.mask,
         query_positions=positions,
-        query_starts=jnp.zeros_like(positions),
         key_positions=cache.position,
         scale=_common.default_scale(None, query.shape[-1]),
+        implementation=implementation,
     )
     return out, cache.replace(mask=mask.astype(cache.mask.dtype))

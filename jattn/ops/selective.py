@@ -91,7 +91,8 @@ def selective_attention(
       skip_error: Part of a query's softmax weight that may be left out, less than 1.
         A kernel then skips blocks of keys whose F is so large that what they add up
         to, in any head and for any later query, is less than this part, by the norms
-        of queries and keys. 0 to leave out nothing.
+        of queries and keys. The memory term stays exact: with it they skip no key
+        whose F is less than tau. 0 to leave out nothing.
       scale: Factor of the logits; H ** -0.5 if None.
       segment_ids: int [B, S], the document each key belongs to. Documents are
         contiguous and never see each other.
@@ -121,9 +122,7 @@ def selective_attention(
     if not 0 <= skip_error < 1:
         raise ValueError(f"skip_error must be at least 0 and below 1; got {skip_error}")
     scale = _common.default_scale(scale, sizes["H"])
-    unsupported = kernels.unsupported(
-        query, key, value, scale=scale, budget=budget, memory_tau=memory_tau
-    )
+    unsupported = kernels.unsupported(query, key, value, scale=scale, budget=budget)
     chosen = _common.choose_implementation(
         "selective_attention", implementation, [("triton", unsupported)]
     )
@@ -133,11 +132,11 @@ def selective_attention(
         from jattn.pallas.selective import triton as kernel
 
         starts = None if segment_ids is None else _common.document_starts(segment_ids)
-        memory = None
-        results: _common.AttentionOutput = kernel.attend(
-            query, key, value, first_row, starts, scale, float(skip_error)
+        tau = None if memory_tau is None else float(memory_tau)
+        attended: tuple[jax.Array, jax.Array, jax.Array | None] = kernel.attend(
+            query, key, value, first_row, starts, scale, float(skip_error), tau
         )
-        out, lse = results
+        out, lse, memory = attended
     else:
         out, lse, memory, _ = attend_positions(
             query,
@@ -307,7 +306,8 @@ def _select(query, key, mask, *, query_positions, query_starts, key_positions, s
     selected = jnp.where(selects, jax.nn.relu(logits), 0)
     # A selection holds for strictly later queries.
     rows = jnp.concatenate([mask[:, None], selected[:, :-1]], axis=1)
-    mask = jnp.cumsum(rows, axis=1)
+    # A tree of sums, where cumsum is a scan from row to row.
+    mask = jax.lax.associative_scan(jnp.add, rows, axis=1)
     return mask, mask[:, -1] + selected[:, -1]
 
 

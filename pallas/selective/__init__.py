@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from jattn.pallas import _triton
 
 MAX_WIDTH = 256
+# Query heads of a kv head are the rows of a tile in decoding.
+MAX_GROUP = 64
 
 
 def unsupported(
@@ -15,7 +17,6 @@ def unsupported(
     *,
     scale: float,
     budget: int | None,
-    memory_tau: float | None,
 ) -> str | None:
     """Why the Triton kernels do not support a call, or None.
 
@@ -25,8 +26,44 @@ def unsupported(
       value: [B, S, K, V].
       scale: Factor of the logits.
       budget: Most keys a query holds, or None.
-      memory_tau: Tau of the memory term, or None.
     """
+    if (reason := _unsupported_arrays(query, key, value, scale)) is not None:
+        return reason
+    if budget is not None:
+        return "it has no budget"
+    return None
+
+
+def decode_unsupported(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float,
+) -> str | None:
+    """Why the Triton kernel for one new token does not support a call, or None.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      mask: [B, S].
+      scale: Factor of the logits.
+    """
+    if (reason := _unsupported_arrays(query, key, value, scale)) is not None:
+        return reason
+    if query.shape[1] > 1:
+        return f"it takes one query a row, not {query.shape[1]}"
+    if mask.dtype != jnp.float32:
+        return f"mask must be fp32, not {mask.dtype}"
+    group = query.shape[2] // key.shape[2]
+    if group > MAX_GROUP:
+        return f"at most {MAX_GROUP} query heads may share a kv head, not {group}"
+    return None
+
+
+def _unsupported_arrays(query, key, value, scale):
     if (reason := _triton.unavailable(90)) is not None:
         return reason
     dtypes = {x.dtype for x in (query, key, value)}
@@ -40,8 +77,4 @@ def unsupported(
         return "an array is empty"
     if scale <= 0:
         return f"scale must be positive, not {scale}"
-    if budget is not None:
-        return "it has no budget"
-    if memory_tau is not None:
-        return "it has no memory term"
     return None

@@ -9,6 +9,9 @@ Backward goes twice through F: by chunks of queries for the query's gradient, an
 chunks of keys for those of key and value. The gradient of F[i, j] is that of the logits
 summed over heads; one of q_t·k_j of the selecting head is the sum of those over i > t.
 With all queries of a chunk of keys at hand, these sums need nothing from other chunks.
+The gradient of the logits is a by-product of those of key and value: it is kept where
+few programs share a tile, and else computed once more, by a program that has all heads.
+The memory term adds to it where F is below tau.
 
 Nothing is added atomically: same input, same bits.
 
@@ -28,18 +31,28 @@ import triton
 
 from jattn.ops._common import document_starts
 from jattn.pallas import _triton, tuning
-from jattn.pallas.selective import kernels
+from jattn.pallas.selective import attention, mask
 
 LOG2_E = math.log2(math.e)
 
 # Queries of one carry. Tiles of queries divide it, and so do tiles of keys.
 BLOCK = 128
 
-# What one chunk of F takes at most (but at least that of BLOCK queries or keys).
+# What one chunk of F takes at most (but at least that of BLOCK queries or keys), and
+# all that backward has of a chunk of keys.
 CHUNK_BYTES = 64 * 2**20
+GRADIENT_BYTES = 512 * 2**20
+
+# Tiles of the same chunk differ in length, and so much that the last ones leave much of
+# the GPU idle, if there are no more chunks than these. Then they are twice as long.
+FEW_CHUNKS = 4
 
 # Programs that a GPU runs at once, about.
 PROGRAMS = 264
+
+# If as many heads share a program for the gradients of keys, it keeps the gradient of
+# their logits, to be added up for that of F. With fewer it is computed a second time.
+KEEPING_HEADS = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +65,8 @@ class Tiling:
       warps: Warps of a program.
       stages: Tiles in flight.
       heads: Query heads of a program, where it has several.
+      ahead: Whether F is loaded a tile before it is needed, and kept in registers for
+        all heads of the program.
       registers: What a thread may use at most, or None for no limit.
     """
 
@@ -60,6 +75,7 @@ class Tiling:
     warps: int
     stages: int
     heads: int = 1
+    ahead: bool = True
     registers: int | None = None
 
 
@@ -68,32 +84,40 @@ def tilings(query: jax.Array, value: jax.Array) -> dict[str, Tiling]:
     width = max(query.shape[-1], value.shape[-1])
     group = query.shape[2] // value.shape[2]
     if query.dtype.itemsize > 2 or width > 128:
-        keys = 32 if query.dtype.itemsize > 2 else 64
+        rows, keys = 64, 32 if query.dtype.itemsize > 2 else 64
+        if query.dtype.itemsize > 2 and width > 128:
+            # Larger ones are more than shared memory holds.
+            rows, keys = 32, 16
         return {
             "mask": Tiling(rows=BLOCK, keys=64, warps=8, stages=1),
             "forward": Tiling(rows=64, keys=keys, warps=4, stages=1),
-            "query_gradient": Tiling(rows=64, keys=keys, warps=8, stages=1),
-            "key_gradient": Tiling(rows=keys, keys=64, warps=8, stages=1, heads=group),
-            "mask_gradient": Tiling(rows=64, keys=keys, warps=4, stages=1),
+            "query_gradient": Tiling(rows=rows, keys=keys, warps=8, stages=1),
+            "key_gradient": Tiling(
+                rows=keys, keys=rows, warps=8, stages=1, heads=group
+            ),
+            "mask_gradient": Tiling(rows=rows, keys=keys, warps=4, stages=1),
         }
     if width > 64:
         return {
             "mask": Tiling(rows=BLOCK, keys=64, warps=4, stages=1),
-            "forward": Tiling(rows=128, keys=32, warps=8, stages=2, heads=2),
-            "query_gradient": Tiling(rows=128, keys=64, warps=8, stages=2),
-            "key_gradient": Tiling(32, keys=128, warps=8, stages=2, heads=group),
-            "mask_gradient": Tiling(rows=32, keys=128, warps=8, stages=2),
+            "forward": Tiling(rows=64, keys=64, warps=4, stages=3, heads=2),
+            "query_gradient": Tiling(rows=64, keys=64, warps=4, stages=2),
+            "key_gradient": Tiling(32, keys=128, warps=8, stages=2, heads=group)
+            if group % KEEPING_HEADS == 0
+            else Tiling(rows=64, keys=64, warps=4, stages=2, heads=group),
+            "mask_gradient": Tiling(rows=64, keys=64, warps=4, stages=2),
         }
     return {
         "mask": Tiling(rows=BLOCK, keys=64, warps=4, stages=1),
-        "forward": Tiling(rows=128, keys=64, warps=8, stages=2, heads=2),
-        "query_gradient": Tiling(rows=128, keys=64, warps=8, stages=2, heads=2),
-        "key_gradient": Tiling(64, keys=128, warps=8, stages=2, heads=group),
-        "mask_gradient": Tiling(rows=64, keys=128, warps=8, stages=2),
+        # Three programs fit on a multiprocessor.
+        "forward": Tiling(rows=64, keys=64, warps=4, stages=2, registers=168),
+        "query_gradient": Tiling(rows=64, keys=64, warps=4, stages=2),
+        "key_gradient": Tiling(rows=64, keys=64, warps=4, stages=3, heads=group),
+        "mask_gradient": Tiling(rows=64, keys=64, warps=4, stages=3),
     }
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -102,7 +126,8 @@ def attend(
     starts: jax.Array | None,
     scale: float,
     skip_error: float = 0.0,
-) -> tuple[jax.Array, jax.Array]:
+    memory_tau: float | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Selective attention, differentiable in all but starts.
 
     Args:
@@ -114,24 +139,29 @@ def attend(
         if a row is one document.
       scale: Factor of the logits, positive.
       skip_error: Weight of a query's softmax that may be left out.
+      memory_tau: Tau of the memory term, or None to leave it out. It is exact: with
+        it only keys whose F has reached tau are skipped, which count nothing.
 
     Returns:
-      Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32.
+      Output [B, T, N, V], log-sum-exp [B, T, N] and memory term [B, T] or None, both in
+      fp32.
     """
-    arguments = query, key, value, initial_mask, starts, scale, skip_error
-    return _attend_forward(*arguments)[0]
+    work = _Work(query, key, value, starts, scale, skip_error, memory_tau)
+    return work.forward(work.carries(initial_mask))
 
 
-def _attend_forward(query, key, value, initial_mask, starts, scale, skip_error):
-    work = _Work(query, key, value, starts, scale, skip_error)
+def _attend_forward(
+    query, key, value, initial_mask, starts, scale, skip_error, memory_tau
+):
+    work = _Work(query, key, value, starts, scale, skip_error, memory_tau)
     carries = work.carries(initial_mask)
-    out, lse = work.forward(carries)
-    return (out, lse), (query, key, value, starts, carries, out, lse)
+    out, lse, memory = work.forward(carries)
+    return (out, lse, memory), (query, key, value, starts, carries, out, lse)
 
 
-def _attend_backward(scale, skip_error, residuals, gradients):
+def _attend_backward(scale, skip_error, memory_tau, residuals, gradients):
     query, key, value, starts, carries, out, lse = residuals
-    work = _Work(query, key, value, starts, scale, skip_error)
+    work = _Work(query, key, value, starts, scale, skip_error, memory_tau)
     return *work.backward(carries, out, lse, *gradients), None
 
 
@@ -160,7 +190,7 @@ def skipped_tiles(
       Two int32 numbers, the second of all tiles that are visible in part.
     """
     starts = None if segment_ids is None else document_starts(segment_ids)
-    work = _Work(query, key, key, starts, scale, skip_error)
+    work = _Work(query, key, key, starts, scale, skip_error, None)
     carries = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
     first = jnp.arange(work.blocks) * BLOCK
     tile = jnp.arange(0, work.columns, keys)
@@ -174,11 +204,12 @@ def skipped_tiles(
 class _Work:
     """One call's arrays and sizes, and its launches."""
 
-    def __init__(self, query, key, value, starts, scale, skip_error):
+    def __init__(self, query, key, value, starts, scale, skip_error, memory_tau):
         self.query, self.key, self.value = query, key, value
         self.scale = scale
         self.skip_error = skip_error
         self.skip = skip_error > 0
+        self.memory_tau = memory_tau
         self.batch, self.queries, self.heads, self.key_width = query.shape
         self.keys, self.kv_heads, self.value_width = value.shape[1:]
         self.offset = self.keys - self.queries
@@ -213,7 +244,7 @@ class _Work:
         """``F / scale`` of each block's first query, [B, blocks, columns]."""
         tiling = self._tiling("mask")
         [sums] = _triton.call(
-            kernels.sums_kernel,
+            mask.sums_kernel,
             self.query,
             self.key,
             self.starts,
@@ -242,7 +273,8 @@ class _Work:
         A query's own key is never forgotten, so that its weight is at least exp(-U),
         where U bounds all logits. The weights of S keys with a larger F than the one
         below sum to less than S exp(U - F), which is the part `skip_error` of that. F
-        never decreases: what a block's first query skips, no later one needs.
+        never decreases: what a block's first query skips, no later one needs. The
+        memory term needs all keys with an F below tau.
 
         Returns bool [B, blocks, tiles].
         """
@@ -253,6 +285,8 @@ class _Work:
         square_key = jnp.repeat(square[1], self.heads // self.kv_heads, axis=-1)
         bound = self.scale * jnp.sqrt(jnp.max(square[0] * square_key, axis=-1))  # [B]
         least = 2 * bound + math.log(self.keys / self.skip_error)
+        if self.memory_tau is not None:
+            least = jnp.maximum(least, self.memory_tau)
         tiles = carries.reshape(*carries.shape[:2], -1, keys)
         dead = jnp.min(tiles, axis=-1) > (least / self.scale)[:, None, None]
         first = self.offset + jnp.arange(self.blocks) * BLOCK  # positions
@@ -263,21 +297,28 @@ class _Work:
         return dead
 
     def forward(self, carries):
-        """Output and log-sum-exp."""
-        chunks, chunk = _chunks(self.rows, self.batch * self.columns)
+        """Output, log-sum-exp and memory term."""
+        chunks, chunk = self._query_chunks()
         shape = (*self.query.shape[:3], self.value_width)
         start = (
             jax.lax.empty(shape, self.value.dtype),
             jax.lax.empty(shape[:3], jnp.float32),
         )
+        launch = self._by_queries("forward", carries, chunk, (), 2)
+        (out, lse), kept = jax.lax.scan(
+            launch, self.vary(start), _firsts(chunks, chunk)
+        )
+        if kept is None:
+            return out, lse, None
+        kept = jnp.moveaxis(jnp.sum(kept, axis=2), 0, 1)  # [B, chunks, chunk]
+        return out, lse, kept.reshape(self.batch, -1)[:, : self.queries]
 
-        def step(results, first):
-            return self._rows("forward", carries, first, chunk, (), results, 2), None
+    def backward(self, carries, out, lse, *gradients):
+        """Gradients of query, key, value and initial_mask.
 
-        return jax.lax.scan(step, self.vary(start), _firsts(chunks, chunk))[0]
-
-    def backward(self, carries, out, lse, out_gradient, lse_gradient):
-        """Gradients of query, key, value and initial_mask."""
+        From those of output, log-sum-exp and memory term.
+        """
+        out_gradient, lse_gradient, memory_gradient = gradients
         # The kernels see the gradient as rounded to its dtype: delta has to be of that
         # one, and not of one that XLA knows in higher precision, for them to cancel.
         out_gradient = jax.lax.optimization_barrier(out_gradient)
@@ -286,7 +327,7 @@ class _Work:
         cotangents = out_gradient, lse * LOG2_E, delta
         query_gradient = self._query_gradient(carries, cotangents)
         selecting, key_gradient, value_gradient, mask_gradient = self._key_gradients(
-            carries, cotangents
+            carries, cotangents, memory_gradient
         )
         selecting += query_gradient[:, :, 0].astype(jnp.float32)
         query_gradient = query_gradient.at[:, :, 0].set(
@@ -296,77 +337,195 @@ class _Work:
 
     def _query_gradient(self, carries, cotangents):
         """The gradient of query for a given F."""
-        chunks, chunk = _chunks(self.rows, self.batch * self.columns)
+        chunks, chunk = self._query_chunks()
         start = [jax.lax.empty(self.query.shape, self.query.dtype)]
+        launch = self._by_queries("query_gradient", carries, chunk, cotangents, 3)
+        return jax.lax.scan(launch, self.vary(start), _firsts(chunks, chunk))[0][0]
 
-        def step(results, first):
-            return self._rows(
-                "query_gradient", carries, first, chunk, cotangents, results, 3
-            ), None
+    def _query_chunks(self):
+        """Into how many chunks of which length to cut the queries."""
+        size = 4 * self.batch * self.columns
+        chunks, chunk = _chunks(self.rows, size, CHUNK_BYTES)
+        if chunks <= FEW_CHUNKS:
+            chunks, chunk = _chunks(self.rows, size, 2 * CHUNK_BYTES)
+        return chunks, chunk
 
-        return jax.lax.scan(step, self.vary(start), _firsts(chunks, chunk))[0][0]
+    def _by_queries(self, name, carries, chunk, cotangents, products):
+        """A step of a scan over chunks of queries, which launches a kernel on each.
 
-    def _key_gradients(self, carries, cotangents):
+        Takes the results, which the kernel updates, and the first query; returns them
+        and, of the forward kernel with a memory term, what bias_kernel counts as kept.
+        """
+        tiling = self._tiling(name)
+        group = self.heads // self.kv_heads
+        pack = math.gcd(group, tiling.heads, tiling.rows // 16)
+        streams = math.gcd(self.heads // pack, max(tiling.heads // pack, 1))
+        tokens = tiling.rows // pack
+        dead_blocks = self._dead_blocks(carries)
+        live_tiles = self._live_tiles(carries, tiling.keys)
+
+        def launch(results, first):
+            region = jnp.stack([first, jnp.zeros_like(first)])
+            bias, kept = self._bias(
+                carries,
+                dead_blocks,
+                region,
+                chunk,
+                self.columns,
+                memory=name == "forward" and self.memory_tau is not None,
+            )
+            operands = (
+                self.query,
+                self.key,
+                self.value,
+                bias,
+                self.starts,
+                *live_tiles,
+                region,
+                *cotangents,
+            )
+            results = _triton.call(
+                getattr(attention, f"{name}_kernel"),
+                *operands,
+                *results,
+                float(self.scale) * LOG2_E,
+                self.queries,
+                self.keys,
+                self.blocks,
+                self.columns,
+                outputs=[],
+                updated=range(len(operands), len(operands) + len(results)),
+                grid=(self.heads // (pack * streams) * (chunk // tokens), self.batch),
+                num_warps=tiling.warps,
+                num_stages=tiling.stages,
+                max_registers=tiling.registers,
+                flops=self._flops(products) * chunk // self.rows,
+                CHUNK=chunk,
+                BLOCK=BLOCK,
+                ROWS=tiling.rows,
+                KEYS=tiling.keys,
+                PACK=pack,
+                STREAMS=streams,
+                AHEAD=tiling.ahead,
+                SKIP=self.skip,
+                TILES=self.columns // tiling.keys,
+                **self.sizes,
+            )
+            return results, kept
+
+        return launch
+
+    def _key_gradients(self, carries, cotangents, memory_gradient):
         """Gradients of the selecting head's query (by F alone), key, value and mask."""
-        chunks, chunk = _chunks(self.columns, self.batch * self.rows)
+        tilings = {x: self._tiling(x) for x in ("key_gradient", "mask_gradient")}
+        group = self.heads // self.kv_heads
+        members = math.gcd(group, tilings["key_gradient"].heads)
+        parts = self.heads // members if members >= KEEPING_HEADS else 0
+        if parts:
+            # What one kernel has left out, the other does not read.
+            tilings["mask_gradient"] = dataclasses.replace(
+                tilings["mask_gradient"], keys=tilings["key_gradient"].keys
+            )
+        # Of each key: F, the parts of the gradient of the logits and their sum, and the
+        # gradient of the selecting head's products.
+        size = self.batch * self.rows * (4 * (2 + parts) + self.query.dtype.itemsize)
+        chunks, chunk = _chunks(self.columns, size, GRADIENT_BYTES)
+        columns = chunks * chunk
         selecting_query = self.query[:, :, 0]
-        padding = [(0, 0), (0, self.columns - self.keys), (0, 0)]
+        padding = [(0, 0), (0, columns - self.keys), (0, 0)]
         selecting_key = jnp.pad(self.key[:, :, 0], padding)
         product = functools.partial(
             jnp.einsum,
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
+        dead_blocks = self._dead_blocks(carries)
+        ends = {x: self._ends(carries, y.keys, columns) for x, y in tilings.items()}
 
-        def step(selecting, first):
+        def step(carry, first):
+            selecting, *gradients = carry
             region = jnp.stack([jnp.zeros_like(first), first])
-            bias = self._bias(carries, region, self.rows, chunk, transposed=True)
-            key_gradient, value_gradient = self._attention_gradients(
-                carries, bias, region, chunk, cotangents
+            bias, _ = self._bias(
+                carries, dead_blocks, region, self.rows, chunk, transposed=True
+            )
+            operands = self.query, self.key, self.value, bias, self.starts
+            key_gradient, value_gradient, parts_gradient = self._attention_gradients(
+                (*operands, ends["key_gradient"], region, *cotangents),
+                chunk,
+                columns,
+                tilings["key_gradient"],
+                members,
+                parts,
             )
             gradient, mask_gradient = self._selection_gradient(
-                carries, bias, region, chunk, cotangents
+                (*operands, ends["mask_gradient"], region, *cotangents, parts_gradient),
+                chunk,
+                columns,
+                tilings["mask_gradient"],
+                parts,
+                memory_gradient,
             )
             gradient = gradient[:, : self.queries]
             keys = jax.lax.dynamic_slice_in_dim(selecting_key, first, chunk, axis=1)
             selecting += product("bts,bsh->bth", gradient, keys)
             selected = product("bts,bth->bsh", gradient, selecting_query)
             key_gradient = key_gradient.at[:, :, 0].add(selected)
-            return selecting, (
-                key_gradient.astype(self.key.dtype),
-                value_gradient.astype(self.value.dtype),
-                mask_gradient,
-            )
+            gradients = [
+                jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), first, axis=1)
+                for x, y in zip(
+                    gradients,
+                    (key_gradient, value_gradient, mask_gradient),
+                    strict=True,
+                )
+            ]
+            return (selecting, *gradients), None
 
-        [zeros] = self.vary([jnp.zeros(selecting_query.shape, jnp.float32)])
-        selecting, gradients = jax.lax.scan(step, zeros, _firsts(chunks, chunk))
+        kv_shape = self.batch, columns, self.kv_heads
+        start = (
+            jnp.zeros(selecting_query.shape, jnp.float32),
+            jax.lax.empty((*kv_shape, self.key_width), self.key.dtype),
+            jax.lax.empty((*kv_shape, self.value_width), self.value.dtype),
+            jax.lax.empty(kv_shape[:2], jnp.float32),
+        )
+        (selecting, *gradients), _ = jax.lax.scan(
+            step, tuple(self.vary(start)), _firsts(chunks, chunk)
+        )
+        return selecting, *(x[:, : self.keys] for x in gradients)
 
-        def join(x):  # [chunks, B, chunk, ...] -> [B, S, ...]
-            x = jnp.moveaxis(x, 0, 1)
-            return x.reshape(self.batch, -1, *x.shape[3:])[:, : self.keys]
-
-        return selecting, *(join(x) for x in gradients)
-
-    def _bias(self, carries, region, rows, columns, *, transposed):
+    def _bias(
+        self,
+        carries,
+        dead_blocks,
+        region,
+        rows,
+        columns,
+        *,
+        transposed=False,
+        memory=False,
+    ):
         """``-F / scale`` of a region of queries and keys, [B, rows, columns].
 
-        In the order of `kernels._store_fragments`; transposed, [B, columns, rows].
+        In the order of `mask._store_fragments`; transposed, [B, columns, rows]. Beside
+        it, None or with memory what bias_kernel counts as kept, [B, tiles, rows].
         """
         tiling = self._tiling("mask")
-        [bias] = _triton.call(
-            kernels.bias_kernel,
+        tiles = columns // tiling.keys
+        kept = (self.batch, tiles, rows) if memory else (1, 1, 1)
+        bias, kept = _triton.call(
+            mask.bias_kernel,
             self.query,
             self.key,
             self.starts,
             carries,
-            self._dead_blocks(carries),
+            dead_blocks,
             region,
+            self._limit(),
             self.queries,
             self.keys,
             self.blocks,
             self.columns,
-            outputs=[self._array(self.batch, rows, columns)],
-            grid=(columns // tiling.keys, rows // BLOCK, self.batch),
+            outputs=[self._array(self.batch, rows, columns), self._array(*kept)],
+            grid=(tiles, rows // BLOCK, self.batch),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             HEADS=self.heads,
@@ -375,9 +534,14 @@ class _Work:
             PACKED=self.packed,
             SKIP=self.skip,
             TRANSPOSED=transposed,
+            MEMORY=memory,
             **self.key_sizes,
         )
-        return bias
+        return bias, kept if memory else None
+
+    def _limit(self):
+        """``tau / scale``, from which a key counts as forgotten; 0.0 if unused."""
+        return 0.0 if self.memory_tau is None else self.memory_tau / self.scale
 
     def _dead_blocks(self, carries):
         """Which blocks of keys nobody in a block of queries needs, int32."""
@@ -396,79 +560,30 @@ class _Work:
         tiles = jnp.argsort(dead, axis=-1, stable=True).astype(jnp.int32)
         return tiles, jnp.sum(~dead, axis=-1, dtype=jnp.int32)
 
-    def _rows(self, name, carries, first, chunk, cotangents, results, products):
-        """Launches a kernel that goes by tiles of queries on those of one chunk.
+    def _attention_gradients(self, operands, chunk, columns, tiling, members, parts):
+        """Gradients of key and value for a given F, [B, chunk, K, ..] in fp32.
 
-        Returns results with the queries of the chunk written.
+        And that of the logits, in so many parts of the heads if any are asked for.
         """
-        tiling = self._tiling(name)
-        members = math.gcd(self.heads, tiling.heads)
-        region = jnp.stack([first, jnp.zeros_like(first)])
-        operands = (
-            self.query,
-            self.key,
-            self.value,
-            self._bias(carries, region, chunk, self.columns, transposed=False),
-            self.starts,
-            *self._live_tiles(carries, tiling.keys),
-            region,
-            *cotangents,
-        )
-        return _triton.call(
-            getattr(kernels, f"{name}_kernel"),
+        tiles = self.heads // members * (chunk // tiling.keys)
+        slices = triton.cdiv(PROGRAMS, self.batch * tiles)
+        slices = min(slices, self.rows // BLOCK)
+        shape = slices, self.batch, chunk, self.heads // members
+        kept = (parts, self.batch, chunk, self.rows) if parts else (1, 1, 1, 1)
+        key_gradient, value_gradient, parts_gradient = _triton.call(
+            attention.key_gradient_kernel,
             *operands,
-            *results,
-            float(self.scale) * LOG2_E,
-            self.queries,
-            self.keys,
-            self.blocks,
-            self.columns,
-            outputs=[],
-            updated=range(len(operands), len(operands) + len(results)),
-            grid=(self.heads // members * (chunk // tiling.rows), self.batch),
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            max_registers=tiling.registers,
-            flops=self._flops(products) * chunk // self.rows,
-            CHUNK=chunk,
-            BLOCK=BLOCK,
-            ROWS=tiling.rows,
-            KEYS=tiling.keys,
-            MEMBERS=members,
-            SKIP=self.skip,
-            TILES=self.columns // tiling.keys,
-            **self.sizes,
-        )
-
-    def _attention_gradients(self, carries, bias, region, chunk, cotangents):
-        """Gradients of key and value for a given F, [B, chunk, K, ..] in fp32."""
-        tiling = self._tiling("key_gradient")
-        group = self.heads // self.kv_heads
-        members = math.gcd(group, tiling.heads)
-        parts = self.heads // members
-        programs = self.batch * parts * (chunk // tiling.keys)
-        slices = min(triton.cdiv(PROGRAMS, programs), self.rows // BLOCK)
-        shape = slices, self.batch, chunk, parts
-        key_gradient, value_gradient = _triton.call(
-            kernels.key_gradient_kernel,
-            self.query,
-            self.key,
-            self.value,
-            bias,
-            self.starts,
-            self._ends(carries, tiling.keys),
-            region,
-            *cotangents,
             float(self.scale) * LOG2_E,
             self.queries,
             self.keys,
             self.rows,
-            self.columns,
+            columns,
             outputs=[
                 self._array(*shape, self.key_width),
                 self._array(*shape, self.value_width),
+                self._array(*kept),
             ],
-            grid=(parts * (chunk // tiling.keys), slices, self.batch),
+            grid=(tiles, slices, self.batch),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             max_registers=tiling.registers,
@@ -478,6 +593,8 @@ class _Work:
             KEYS=tiling.keys,
             MEMBERS=members,
             SLICES=slices,
+            AHEAD=tiling.ahead,
+            KEEP=parts > 0,
             **self.sizes,
         )
 
@@ -485,31 +602,31 @@ class _Work:
             x = x.reshape(*x.shape[:3], self.kv_heads, -1, x.shape[-1])
             return jnp.sum(x, axis=(0, 4))
 
-        return self.scale * total(key_gradient), total(value_gradient)
+        return self.scale * total(key_gradient), total(value_gradient), parts_gradient
 
-    def _selection_gradient(self, carries, bias, region, chunk, cotangents):
+    def _selection_gradient(
+        self, operands, chunk, columns, tiling, parts, memory_gradient
+    ):
         """The gradient of the selecting head's products by F alone, [B, rows, chunk].
 
         And that of the initial mask, [B, chunk].
         """
-        tiling = self._tiling("mask_gradient")
         tiles = self.rows // tiling.rows
         grid = (chunk // tiling.keys, tiles, self.batch)
+        if memory_gradient is None:
+            memory_gradient = jnp.zeros((1, 1), jnp.float32)
+        else:
+            memory_gradient = memory_gradient / self.memory_tau
         gradient, sums = _triton.call(
-            kernels.mask_gradient_kernel,
-            self.query,
-            self.key,
-            self.value,
-            bias,
-            self.starts,
-            self._ends(carries, tiling.keys),
-            region,
-            *cotangents,
+            attention.mask_gradient_kernel,
+            *operands,
+            memory_gradient,
             float(self.scale) * LOG2_E,
+            self._limit(),
             self.queries,
             self.keys,
             self.rows,
-            self.columns,
+            columns,
             outputs=[
                 self._array(self.batch, self.rows, chunk),
                 self._array(self.batch, tiles, chunk),
@@ -518,26 +635,32 @@ class _Work:
             num_warps=tiling.warps,
             num_stages=tiling.stages,
             max_registers=tiling.registers,
-            flops=self._flops(2) * chunk // self.columns,
+            flops=0 if parts else self._flops(2) * chunk // self.columns,
             CHUNK=chunk,
             ROWS=tiling.rows,
             KEYS=tiling.keys,
+            AHEAD=tiling.ahead,
+            PARTS=parts,
+            MEMORY=self.memory_tau is not None,
             **self.sizes,
         )
         until = jnp.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
         later = jnp.pad(until[:, 1:], [(0, 0), (0, 1), (0, 0)])
+        query, key, _, _, starts, ends, region, *_ = operands
         [gradient] = _triton.call(
-            kernels.selection_gradient_kernel,
-            self.query,
-            self.key,
-            self.starts,
+            mask.selection_gradient_kernel,
+            query,
+            key,
+            starts,
+            ends,
             gradient,
             later,
             region,
             float(self.scale),
             self.queries,
             self.keys,
-            outputs=[self._array(self.batch, self.rows, chunk, dtype=self.query.dtype)],
+            columns,
+            outputs=[self._array(self.batch, self.rows, chunk, dtype=query.dtype)],
             grid=grid,
             num_warps=tiling.warps,
             num_stages=1,
@@ -550,8 +673,11 @@ class _Work:
         )
         return gradient, -until[:, 0]
 
-    def _ends(self, carries, keys):
-        """One past the last query that needs each tile of keys, int32 [B, tiles]."""
+    def _ends(self, carries, keys, columns):
+        """One past the last query that needs each tile of keys, int32 [B, tiles].
+
+        Of so many columns, where nobody needs those past the keys' last block.
+        """
         last = jnp.arange(keys - 1, self.columns, keys)
         ends = jnp.full((self.batch, last.size), self.queries, jnp.int32)
         if self.packed:
@@ -565,7 +691,7 @@ class _Work:
         if self.skip:
             live = jnp.sum(~self.dead(carries, keys), axis=1, dtype=jnp.int32)
             ends = jnp.minimum(ends, live * BLOCK)
-        return ends
+        return jnp.pad(ends, [(0, 0), (0, columns // keys - ends.shape[1])])
 
     def _array(self, *shape, dtype=jnp.float32):
         return jax.ShapeDtypeStruct(shape, dtype)
@@ -581,12 +707,12 @@ def _padded(width):
     return max(16, triton.next_power_of_2(width))
 
 
-def _chunks(length, size):
-    """Into how many chunks of which length to cut `length`, with `size` F for each.
+def _chunks(length, size, limit):
+    """Into how many chunks of which length to cut `length`, a multiple of BLOCK.
 
-    Both lengths are multiples of BLOCK.
+    What takes `size` bytes for each may take `limit` for a chunk.
     """
-    most = max(CHUNK_BYTES // (4 * size) // BLOCK, 1)
+    most = max(limit // size // BLOCK, 1)
     blocks = length // BLOCK
     chunks = triton.cdiv(blocks, most)
     return chunks, triton.cdiv(blocks, chunks) * BLOCK

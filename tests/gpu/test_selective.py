@@ -14,6 +14,7 @@ import pytest
 from benchmarks.selective import skipped_share
 from jattn.nn import SelectiveAttention
 from jattn.ops.selective import selective_attention
+from jattn.ops.selective_decode import cached_selective_attention
 from jattn.pallas.selective import triton as kernel
 from tests.gpu.test_block_sparse import assert_passes_gate, calls_kernel
 from tests.support import documents, normal, relative_rms
@@ -37,6 +38,9 @@ CASES = {
     "queries end the keys": dict(t=100, s=1000, g=3),
     "in chunks": dict(t=1000, b=2, chunk_bytes=2**20),
     "in chunks, packed": dict(t=1000, b=2, packed=True, chunk_bytes=2**20),
+    "memory": dict(t=1000, g=1, memory_tau=1.0),
+    "memory, packed": dict(t=1000, b=2, g=4, packed=True, memory_tau=1.0),
+    "memory, queries end the keys": dict(t=500, s=1000, g=8, memory_tau=0.3),
 }
 
 
@@ -53,13 +57,18 @@ def inputs(case, seed=0):
     segment_ids = (
         documents(s // 3, s - s // 3, batch=b) if sizes.get("packed") else None
     )
-    cotangents = normal(seed + 2, (b, t, k * g, v), (b, t, k * g))
-    return (*arrays, first_row), {"segment_ids": segment_ids}, cotangents
+    cotangents = normal(seed + 2, (b, t, k * g, v), (b, t, k * g), (b, t))
+    # What the kernels get, everything gets.
+    cotangents[0] = cotangents[0].astype(arrays[0].dtype)
+    options = {"segment_ids": segment_ids, "memory_tau": sizes.get("memory_tau")}
+    return (*arrays, first_row), options, cotangents
 
 
-@functools.partial(jax.jit, static_argnames=("implementation", "skip_error"))
+@functools.partial(
+    jax.jit, static_argnames=("implementation", "skip_error", "memory_tau")
+)
 def value_and_gradients(arrays, cotangents, *, implementation, **options):
-    """Output, log-sum-exp, and gradients of query, key, value and the first row."""
+    """Output, log-sum-exp, M if asked for, and the gradients of all arrays."""
 
     def attend(*arrays):
         return selective_attention(
@@ -70,9 +79,9 @@ def value_and_gradients(arrays, cotangents, *, implementation, **options):
             **options,
         )
 
-    (out, lse), pullback = jax.vjp(attend, *arrays)
-    cotangents = cotangents[0].astype(out.dtype), cotangents[1]
-    return out, lse, *pullback(cotangents)
+    outputs, pullback = jax.vjp(attend, *arrays)
+    cotangents = cotangents[0].astype(outputs[0].dtype), *cotangents[1 : len(outputs)]
+    return *outputs, *pullback(cotangents)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -80,6 +89,7 @@ def test_numerical_gate(monkeypatch, name):
     case = dict(CASES[name])
     chunk_bytes = case.pop("chunk_bytes", kernel.CHUNK_BYTES)
     monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(kernel, "GRADIENT_BYTES", 4 * chunk_bytes)
     arrays, options, cotangents = inputs(case)
 
     def run(arrays, implementation):
@@ -160,6 +170,54 @@ def test_skipping_stays_within_its_error(packed):
     for x, y in zip(skipping, plain, strict=True):
         assert relative_rms(x, y) <= 2 * error
     for x, y in zip(skipping, run(skip_error=error), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("tau", [1.0, 100.0])
+def test_memory_term_is_exact_with_skipping(tau):
+    arrays, options, cotangents = inputs({"t": 2000, "h": 64, "v": 64})
+    options["memory_tau"] = tau
+    run = functools.partial(
+        value_and_gradients, arrays, cotangents, implementation="triton", **options
+    )
+    plain, skipping = run(), run(skip_error=1e-3)
+    assert relative_rms(skipping[2], plain[2]) <= 1e-6
+    for x, y in zip(skipping, plain, strict=True):
+        assert relative_rms(x, y) <= 2e-3
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("group", [1, 4, 7])
+def test_decoding_passes_the_gate(dtype, group):
+    b, s, k = 3, 1000, 2
+    query, key, value = normal(
+        0, (b, 1, k * group, 128), *[(b, s, k, 128)] * 2, dtype=DTYPES[dtype]
+    )
+    (mask,) = normal(1, (b, s))
+    positions = jax.random.permutation(jax.random.key(2), jnp.arange(s))
+    positions = jnp.where(positions < 900, positions, -1)
+    now = jnp.array([[950], [500], [-1]])
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def decode(query, key, value, implementation):
+        return cached_selective_attention(
+            query,
+            key,
+            value,
+            jnp.abs(mask),
+            query_positions=now,
+            key_positions=jnp.broadcast_to(positions, (b, s)),
+            scale=128**-0.5,
+            implementation=implementation,
+        )
+
+    arrays = query, key, value
+    with jax.default_matmul_precision("highest"):
+        reference = decode(*(x.astype(jnp.float32) for x in arrays), "xla")
+    actual = decode(*arrays, "triton")
+    assert_passes_gate(actual, decode(*arrays, "xla"), reference)
+    assert not np.any(np.asarray(actual[0][2], np.float32))
+    for x, y in zip(actual, decode(*arrays, None), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

@@ -56,32 +56,33 @@ def inputs(b=1, t=33, s=None, n=2, k=1, h=16, v=16, packed=False):
 
 
 def value_and_gradients(attend, *arrays):
-    """Output, log-sum-exp and the gradients of a function of both."""
+    """What attend returns, and the gradients of a function of all of it."""
 
     def loss(*arrays):
-        out, lse = attend(*arrays)
-        return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.sin(lse)), (out, lse)
+        outputs = [x for x in attend(*arrays) if x is not None]
+        return sum(jnp.sum(jnp.sin(3 * x)) for x in outputs), outputs
 
     gradients, outputs = jax.grad(loss, argnums=(0, 1, 2, 3), has_aux=True)(*arrays)
     return *outputs, *gradients
 
 
-def kernel_form(segment_ids=None, skip_error=0.0, scale=0.25):
+def kernel_form(segment_ids=None, skip_error=0.0, scale=0.25, memory_tau=None):
     starts = None if segment_ids is None else document_starts(segment_ids)
 
     def attend(*arrays):
-        return kernel.attend(*arrays, starts, scale, skip_error)
+        return kernel.attend(*arrays, starts, scale, skip_error, memory_tau)
 
     return jax.jit(functools.partial(value_and_gradients, attend))
 
 
-def xla_form(segment_ids=None, scale=0.25):
+def xla_form(segment_ids=None, scale=0.25, memory_tau=None):
     def attend(*arrays):
         return selective_attention(
             *arrays[:3],
             initial_mask=arrays[3],
             segment_ids=segment_ids,
             scale=scale,
+            memory_tau=memory_tau,
             implementation="xla",
             return_lse=True,
         )
@@ -98,6 +99,51 @@ def test_equals_the_jnp_form(monkeypatch, case):
     arrays, segment_ids = inputs(**sizes)
     actual = kernel_form(segment_ids)(*arrays)
     expected = xla_form(segment_ids)(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", ["no multiple of anything", "packed", "in chunks"])
+def test_memory_term_equals_the_jnp_forms(monkeypatch, case):
+    sizes = dict(CASES[case])
+    monkeypatch.setattr(kernel, "CHUNK_BYTES", sizes.pop("chunk_bytes", 2**20))
+    arrays, segment_ids = inputs(**sizes)
+    actual = kernel_form(segment_ids, memory_tau=0.7)(*arrays)
+    expected = xla_form(segment_ids, memory_tau=0.7)(*arrays)
+    assert len(actual) == 7
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_memory_term_where_the_mask_is_tau():
+    # Integers: F is exactly 1 for many keys, and exactly tau for some.
+    query, key, value = (jnp.round(x) for x in inputs(t=40)[0][:3])
+    arrays = query, key, value, jnp.zeros((1, 40))
+    mask = selection_mask(query, key, scale=0.25)
+    assert 10 < jnp.sum(jnp.tril(mask[0] == 1.0)) < 300
+    actual = kernel_form(memory_tau=1.0)(*arrays)
+    expected = xla_form(memory_tau=1.0)(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("heads", [4, 8])
+def test_gradients_of_logits_are_kept_for_many_heads(monkeypatch, heads):
+    tiles = dict(kernel.tilings(None, None))
+    tiles["key_gradient"] = kernel.Tiling(16, 16, 1, 1, heads=4)
+    monkeypatch.setattr(kernel, "tilings", lambda *_: tiles)
+    arrays, segment_ids = inputs(t=40, s=50, n=heads, k=1, packed=True)
+    expected = xla_form(segment_ids, memory_tau=0.7)(*arrays)
+    names = []
+    call = _triton.call
+
+    def spy(launched, *operands, **options):
+        names.append((launched.fn.__name__, options.get("PARTS")))
+        return call(launched, *operands, **options)
+
+    monkeypatch.setattr(_triton, "call", spy)
+    actual = kernel_form(segment_ids, memory_tau=0.7)(*arrays)
+    assert ("mask_gradient_kernel", heads // 4) in names
     jax.tree.map(assert_equal_up_to_rounding, actual, expected)
 
 
@@ -145,6 +191,18 @@ def test_skipping_stays_within_its_error(monkeypatch, packed):
 
 
 @pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("tau", [1.0, 30.0])
+def test_memory_term_is_exact_with_skipping(tau):
+    arrays = query, key, _, _ = selecting(128)
+    skipped, _ = kernel.skipped_tiles(query, key, None, 0.25, 1e-3, 32)
+    assert skipped > 0
+    run = functools.partial(kernel_form, memory_tau=tau)
+    plain, skipping = run()(*arrays), run(skip_error=1e-3)(*arrays)
+    assert np.max(plain[2]) < 100
+    assert_equal_up_to_rounding(skipping[2], plain[2])
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_skipped_values_are_not_read():
     query, key, value, first_row = selecting(128)
     plain = kernel_form(None, 1e-3)(query, key, value, first_row)
@@ -173,9 +231,9 @@ def test_nothing_is_skipped_that_matters():
 def test_other_documents_may_hold_anything(other):
     arrays, _ = inputs(t=128)
     starts = document_starts(documents(64, 64))
-    plain = kernel.attend(*arrays, starts, 0.25)
+    plain = kernel.attend(*arrays, starts, 0.25, 0.0, 1.0)
     poisoned = [x.at[:, other].set(jnp.nan) for x in arrays[:3]]
-    changed = kernel.attend(*poisoned, arrays[3], starts, 0.25)
+    changed = kernel.attend(*poisoned, arrays[3], starts, 0.25, 0.0, 1.0)
     for x, y in zip(changed, plain, strict=True):
         x, y = (np.delete(z, other, axis=1) for z in (x, y))
         np.testing.assert_array_equal(x, y)
@@ -187,7 +245,7 @@ def test_the_kernels_mask_is_exact_where_nothing_is_forgotten():
     t = 40
     (query, key, _, first_row), _ = inputs(t=t, n=2, k=1)
     query = query.at[:, :, 1].set(0)
-    out, _ = kernel.attend(query, key, jnp.eye(t)[None, :, None], first_row, None, 1.0)
+    out, *_ = kernel.attend(query, key, jnp.eye(t)[None, :, None], first_row, None, 1.0)
     weights = np.asarray(out)[0, :, 1]
     mask = np.asarray(selection_mask(query, key, scale=1.0))[0]
     visible = np.tril(np.ones((t, t)))
@@ -223,8 +281,8 @@ def test_the_operation_runs_it_on_request(monkeypatch):
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
     starts = document_starts(segment_ids)
     first_row = jnp.zeros(segment_ids.shape)
-    expected = kernel.attend(*arrays, first_row, starts, 0.25)
-    actual = attend(implementation="triton", return_lse=True)
+    expected = kernel.attend(*arrays, first_row, starts, 0.25, 0.0, 0.7)
+    actual = attend(implementation="triton", return_lse=True, memory_tau=0.7)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -242,7 +300,10 @@ def test_compiles_to_matrix_instructions_for_hopper(
         shape(1, 1000, kv_heads, width),
         shape(1, 1000, dtype=jnp.float32),
     )
-    for name in ("forward", "query_gradient", "key_gradient", "mask_gradient"):
+    names = ["forward", "query_gradient", "key_gradient"]
+    # That of four heads is kept by the gradient of keys, and only added up.
+    names += ["mask_gradient"] if heads == kv_heads else []
+    for name in names:
         ptx, shared_bytes = kernels[f"{name}_kernel"]
         assert "wgmma.mma_async" in ptx
         assert shared_bytes <= 227 * 1024
@@ -257,7 +318,6 @@ def test_compiles_to_matrix_instructions_for_hopper(
         ({"key": (2, 0, 2, 8)}, "an array is empty"),
         ({"scale": -1.0}, "scale must be positive, not -1.0"),
         ({"budget": 8}, "it has no budget"),
-        ({"memory_tau": 1.0}, "it has no memory term"),
     ],
 )
 def test_says_what_it_does_not_support(monkeypatch, changes, reason):
@@ -268,7 +328,7 @@ def test_says_what_it_does_not_support(monkeypatch, changes, reason):
         jax.ShapeDtypeStruct(changes.get(name, shape), dtype)
         for name, shape in shapes.items()
     ]
-    options = {"scale": 1.0, "budget": None, "memory_tau": None}
+    options = {"scale": 1.0, "budget": None}
     options |= {name: changes[name] for name in options if name in changes}
     actual = unsupported(*arrays, **options)
     assert actual == reason or reason in actual
