@@ -56,17 +56,17 @@ def cases(
     product = 2 * batch * heads * width * pairs
     flops = {"flops": 2 * product, "backward_flops": 6 * product}
     operation = functools.partial(jattn.two_simplicial_attention, windows=windows)
+    forms = {"mosaic": "pallas", "triton": "triton"}
+    if heads % (HEADS * kv_heads):
+        del forms["mosaic"]
     found = {
-        "triton": Case(
-            functools.partial(operation, implementation="triton"), arrays, **flops
-        ),
-        # Not by its usual name: it sees other pairs, so that times do not compare.
-        "dense": cudnn(*arrays[:3]),
+        name: Case(
+            functools.partial(operation, implementation=implementation), arrays, **flops
+        )
+        for name, implementation in forms.items()
     }
-    if heads % (HEADS * kv_heads) == 0:
-        mosaic_form = functools.partial(operation, implementation="pallas")
-        found["mosaic"] = Case(mosaic_form, arrays, **flops)
-    return found
+    # Not by its usual name: it sees other pairs, so that times do not compare.
+    return found | {"dense": cudnn(*arrays[:3])}
 
 
 TUNING = {
@@ -77,6 +77,7 @@ TUNING = {
             forward.Tiling(64, tokens=1, chains=2, block=32, warps=4, stages=3),
             forward.Tiling(64, tokens=1, chains=2, block=64, warps=4, stages=2),
             forward.Tiling(64, tokens=1, chains=2, block=64, warps=4, stages=3),
+            forward.Tiling(64, tokens=2, chains=1, block=64, warps=4, stages=3),
             forward.Tiling(64, tokens=4, chains=2, block=64, warps=4, stages=2),
             forward.Tiling(128, tokens=1, chains=1, block=64, warps=8, stages=3),
             forward.Tiling(128, tokens=1, chains=1, block=64, warps=8, stages=4),
@@ -104,27 +105,24 @@ TUNING = {
     ),
     "simplicial_backward_query": Tuning(
         [
+            backward.Tiling(64, tokens=1, block=32, warps=4, stages=2),
             backward.Tiling(64, tokens=1, block=32, warps=4, stages=3),
-            backward.Tiling(64, tokens=1, block=64, warps=4, stages=1),
-            backward.Tiling(64, tokens=1, block=64, warps=4, stages=3),
-            backward.Tiling(64, tokens=4, block=64, warps=4, stages=2),
+            backward.Tiling(64, tokens=1, block=32, warps=4, stages=4),
+            backward.Tiling(64, tokens=1, block=64, warps=4, stages=2),
+            backward.Tiling(64, tokens=4, block=32, warps=4, stages=3),
             backward.Tiling(128, tokens=1, block=32, warps=8, stages=3),
-            backward.Tiling(128, tokens=1, block=64, warps=8, stages=2),
-            backward.Tiling(128, tokens=1, block=64, warps=8, stages=3),
         ],
         case="triton",
         direction="backward",
     ),
     "simplicial_backward_key": Tuning(
         [
+            backward.Tiling(32, tokens=1, block=64, warps=4, stages=1),
             backward.Tiling(32, tokens=1, block=64, warps=4, stages=2),
+            backward.Tiling(32, tokens=1, block=128, warps=8, stages=1),
             backward.Tiling(64, tokens=1, block=64, warps=4, stages=1),
-            backward.Tiling(64, tokens=1, block=64, warps=4, stages=3),
+            backward.Tiling(64, tokens=1, block=64, warps=4, stages=2),
             backward.Tiling(64, tokens=1, block=128, warps=8, stages=1),
-            backward.Tiling(64, tokens=1, block=128, warps=8, stages=2),
-            backward.Tiling(64, tokens=4, block=64, warps=4, stages=2),
-            backward.Tiling(128, tokens=1, block=64, warps=8, stages=1),
-            backward.Tiling(128, tokens=1, block=64, warps=8, stages=2),
         ],
         case="triton",
         direction="backward",

@@ -16,10 +16,14 @@ from jattn.ops import _common, simplicial
 class SimplicialCache(struct.PyTreeNode):
     """Two ring buffers, each as long as the window of its set of keys.
 
+    They fill from the end: the slots in use are the last ones, as if the tokens in them
+    came last. A query sees all of them, whatever their order, so that decoding a token
+    reads the rings as they are.
+
     Attributes:
-      key: [B, W1, K, H]. Token p is in slot p mod W1.
+      key: [B, W1, K, H]. Token p is in slot -1 - p mod W1.
       value: [B, W1, K, H].
-      key2: [B, W2, K, H]. Token p is in slot p mod W2.
+      key2: [B, W2, K, H]. Token p is in slot -1 - p mod W2.
       value2: [B, W2, K, H].
       length: int32 [B], tokens seen so far.
     """
@@ -124,10 +128,10 @@ class TwoSimplicialAttention(nn.Module):
             name: to_heads(self, name, x, kv_heads, self.head_dim)  # [B, T, K, H]
             for name in ("key", "value", "key2", "value2")
         }
+        lengths = caches.all_real(lengths, b, t)
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))
         else:
-            lengths = caches.all_real(lengths, b, t)
             positions = caches.new_positions(cache.length, lengths, t)
         if self.rope_base is not None:
             query = _turn_triples(query, positions, self.rope_base)
@@ -149,31 +153,16 @@ class TwoSimplicialAttention(nn.Module):
                 **options,
             )
         else:
-            out, cache = self._attend_cached(
-                query, new, positions, lengths, cache, options
+            out, cache = attend_cached(
+                query,
+                new,
+                cache,
+                lengths,
+                implementation=self.implementation,
+                **options,
             )
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
-
-    def _attend_cached(self, query, new, positions, lengths, cache, options):
-        """Attention to the cache and the new tokens; the cache with those written."""
-        sets = {
-            name: caches.after_ring(getattr(cache, name), cache.length, part)
-            for name, part in new.items()
-        }
-        out, _ = simplicial.attend_pairs(
-            query,
-            **sets,
-            visible=positions + 1,
-            scale=_common.default_scale(None, self.head_dim),
-            implementation=self.implementation,
-            **options,
-        )
-        written = {
-            name: caches.write_ring(getattr(cache, name), part, positions)
-            for name, part in new.items()
-        }
-        return out, cache.replace(length=cache.length + lengths, **written)
 
     def _check_fields(self):
         simplicial.check_options(self.windows, self.form)
@@ -191,6 +180,76 @@ class TwoSimplicialAttention(nn.Module):
                 "rotary positions turn triples of features and need a head_dim of at "
                 f"least 3; got {self.head_dim}"
             )
+
+
+def attend_cached(
+    query: jax.Array,
+    new: dict[str, jax.Array],
+    cache: SimplicialCache,
+    lengths: jax.Array,
+    *,
+    windows: simplicial.Windows,
+    form: simplicial.Form,
+    key2_bias: float,
+    value2_bias: float,
+    implementation: _common.Implementation | None,
+) -> tuple[jax.Array, SimplicialCache]:
+    """Attention to what a cache holds and to new tokens, which are then written.
+
+    Args:
+      query: [B, T, N, H].
+      new: The new tokens' "key", "value", "key2" and "value2", [B, T, K, H].
+      cache: What came before.
+      lengths: int32 [B], how many of the T tokens are real.
+      windows: See `jattn.two_simplicial_attention`, as for the others.
+      form: "trilinear" or "determinant".
+      key2_bias: Constant added to the keys of the second set.
+      value2_bias: Constant added to the values of the second set.
+      implementation: Of the attention.
+
+    Returns:
+      [B, T, N, H], and the new cache.
+    """
+    positions = caches.new_positions(cache.length, lengths, query.shape[1])
+    written = {
+        name: _write(getattr(cache, name), part, positions)
+        for name, part in new.items()
+    }
+    if query.shape[1] == 1:
+        sets = {name: x.astype(new[name].dtype) for name, x in written.items()}
+    else:
+        sets = {
+            name: _in_order(getattr(cache, name), cache.length, part)
+            for name, part in new.items()
+        }
+    out, _ = simplicial.attend_pairs(
+        query,
+        **sets,
+        visible=positions + 1,
+        windows=windows,
+        form=form,
+        key2_bias=key2_bias,
+        value2_bias=value2_bias,
+        scale=_common.default_scale(None, query.shape[-1]),
+        implementation=implementation,
+    )
+    return out, cache.replace(length=cache.length + lengths, **written)
+
+
+def _in_order(ring, length, new):
+    """The tokens [B, W + T, ...] a ring holds, oldest first, and then the new ones."""
+    size = ring.shape[1]
+    slots = (-1 - length[:, None] - jnp.arange(size)) % size
+    held = ring[jnp.arange(ring.shape[0])[:, None], slots]
+    return jnp.concatenate([held, new.astype(ring.dtype)], axis=1).astype(new.dtype)
+
+
+def _write(ring, new, positions):
+    """The ring, with the last W of new tokens [B, T, ...] at positions int [B, T]."""
+    size = ring.shape[1]
+    last = jnp.max(positions, axis=1, keepdims=True)
+    kept = (positions >= 0) & (positions > last - size)
+    return caches.write(ring, new, jnp.where(kept, (-1 - positions) % size, -1))
 
 
 def _turn_triples(x, positions, base):

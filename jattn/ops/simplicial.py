@@ -55,7 +55,9 @@ def two_simplicial_attention(
         None for all before it.
       form: "trilinear" or "determinant".
       key2_bias: Constant added to key2. With 1 / H, and value2_bias 1, small key2 and
-        value2 give nearly ordinary attention to the first set.
+        value2 give nearly ordinary attention to the first set. Sums are rounded to the
+        dtype of key2, unless a kernel computes the result and windows[1] is at most
+        windows[0]: then they multiply the queries unrounded.
       value2_bias: Constant added to value2.
       scale: Factor of the logits; H ** -0.5 if None.
       segment_ids: int [B, S], the document each key belongs to. Documents are
@@ -154,28 +156,35 @@ def attend_pairs(
     Returns:
       Output [B, T, N, V] and log-sum-exp [B, T, N].
     """
-    key2, value2 = key2 + key2_bias, value2 + value2_bias
-    if form == "determinant":
-        query, key, key2 = _determinant_factors(query, key, key2)
+    dtype = _common.statistics_dtype(query, key, value, key2, value2)
     # For each key of one set this is plain attention, by the query times that key, to
     # the other set. The set with the smaller window is the one that multiplies.
-    sets = [
-        (min(window or x.shape[1], x.shape[1]), x, y)
-        for window, x, y in zip(windows, (key, key2), (value, value2), strict=True)
-    ]
-    sets.sort(key=lambda keys_of_set: keys_of_set[0])
-    (few, few_keys, few_values), (many, many_keys, many_values) = sets
+    window, window2 = (
+        min(limit or x.shape[1], x.shape[1])
+        for limit, x in zip(windows, (key, key2), strict=True)
+    )
+    multiplies = window2 <= window
+    dtypes = (key2.dtype, value2.dtype) if multiplies else (key.dtype, value.dtype)
+    if key2_bias:
+        key2 = _biased(key2, key2_bias, dtype if multiplies else key2.dtype)
+    if value2_bias:
+        value2 = _biased(value2, value2_bias, dtype if multiplies else value2.dtype)
+    if form == "determinant":
+        query, key, key2 = _determinant_factors(query, key, key2)
+    if multiplies:
+        few, few_keys, few_values = window2, key2, value2
+        many, many_keys, many_values = window, key, value
+    else:
+        few, few_keys, few_values = window, key, value
+        many, many_keys, many_values = window2, key2, value2
     arrays = (query, few_keys, few_values, many_keys, many_values)
+    limits = {"few_window": few, "many_window": many}
     chosen = _common.choose_implementation(
         "two_simplicial_attention",
         implementation,
         [
-            # The faster one of the two where it was measured, at 64 heads on 1.
-            ("triton", unsupported(*arrays, scale=scale)),
-            (
-                "pallas",
-                unsupported_mosaic(*arrays, many_window=many, scale=scale),
-            ),
+            ("pallas", unsupported_mosaic(*arrays, **limits, scale=scale)),
+            ("triton", unsupported(*arrays, **limits, scale=scale)),
         ],
     )
     if chosen != "xla":
@@ -185,15 +194,14 @@ def attend_pairs(
         return triton.attend(
             *arrays,
             visible,
-            few_window=few,
-            many_window=many,
+            **limits,
             scale=scale,
-            forward=mosaic.forward if chosen == "pallas" else None,
+            forward=(mosaic if chosen == "pallas" else triton).forward,
         )
 
     b, t, n, _ = query.shape
     kv_heads, width = value.shape[2:]
-    dtype = _common.statistics_dtype(*arrays)
+    few_keys, few_values = few_keys.astype(dtypes[0]), few_values.astype(dtypes[1])
     if visible is None:
         visible = jnp.broadcast_to(jnp.arange(1, t + 1) + key.shape[1] - t, (b, t))
 
@@ -267,6 +275,10 @@ def attend_pairs(
         out.reshape(b, count * tile, n, width)[:, :t],
         lse.reshape(b, count * tile, n)[:, :t],
     )
+
+
+def _biased(x, bias, dtype):
+    return x.astype(dtype) + bias
 
 
 def _stretches(x, starts, length, axis):

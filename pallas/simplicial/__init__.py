@@ -7,9 +7,9 @@ from jattn.pallas import _device, _mosaic, _triton
 
 MAX_WIDTH = 256
 
-# Of fewer keys, the gradient of a logit is the difference of two numbers that 16 bits
+# Of fewer pairs, the gradient of a logit is the difference of two numbers that 16 bits
 # round differently: with a single pair nothing but that is left.
-MIN_KEYS_OF_16_BITS = 32
+MIN_PAIRS_OF_16_BITS = 32
 
 # Query heads in a tile of the Mosaic kernel, and the least keys.
 HEADS = 64
@@ -23,6 +23,8 @@ def unsupported(
     many_key: jax.Array,
     many_value: jax.Array,
     *,
+    few_window: int,
+    many_window: int,
     scale: float,
 ) -> str | None:
     """Why the Triton kernels do not support a call, or None.
@@ -33,12 +35,16 @@ def unsupported(
       few_value: [B, F, K, V].
       many_key: [B, M, K, H].
       many_value: [B, M, K, V].
+      few_window: Keys that a query sees of the one set at most.
+      many_window: Of the other.
       scale: Factor of the logits.
     """
     if (reason := _triton.unavailable(90)) is not None:
         return reason
     arrays = (query, few_key, few_value, many_key, many_value)
-    dtypes = {x.dtype for x in arrays}
+    dtypes = {x.dtype for x in (query, many_key, many_value)}
+    # What has a constant added to it is not rounded before it multiplies.
+    dtypes |= {x.dtype for x in (few_key, few_value)} - {jnp.dtype(jnp.float32)}
     if len(dtypes) > 1 or query.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
         names = ", ".join(sorted(map(str, dtypes)))
         return f"queries, keys and values must all be bf16, fp16 or fp32, not {names}"
@@ -49,9 +55,9 @@ def unsupported(
         return "an array is empty"
     if scale <= 0:
         return f"scale must be positive, not {scale}"
-    keys = max(few_key.shape[1], many_key.shape[1])
-    if query.dtype.itemsize < 4 and keys < MIN_KEYS_OF_16_BITS:
-        return f"the gradients of {keys} keys need more than 16 bits"
+    pairs = min(few_window, few_key.shape[1]) * min(many_window, many_key.shape[1])
+    if query.dtype.itemsize < 4 and pairs < MIN_PAIRS_OF_16_BITS:
+        return f"the gradients of {pairs} pairs need more than 16 bits"
     if max(x.size // x.shape[0] for x in arrays[1:]) >= 2**31:
         return "it numbers the keys' elements of a batch row in 32 bits"
     return None
@@ -64,6 +70,7 @@ def unsupported_mosaic(
     many_key: jax.Array,
     many_value: jax.Array,
     *,
+    few_window: int,
     many_window: int,
     scale: float,
 ) -> str | None:
@@ -75,7 +82,8 @@ def unsupported_mosaic(
       few_value: [B, F, K, V].
       many_key: [B, M, K, H].
       many_value: [B, M, K, V].
-      many_window: Keys that a query sees of the other set.
+      few_window: Keys that a query sees of the one set at most.
+      many_window: Of the other.
       scale: Factor of the logits.
 
     Returns:
@@ -84,7 +92,8 @@ def unsupported_mosaic(
     arrays = (query, few_key, few_value, many_key, many_value)
     if (reason := _mosaic.unavailable()) is not None:
         return reason
-    if (reason := unsupported(*arrays, scale=scale)) is not None:
+    windows = {"few_window": few_window, "many_window": many_window}
+    if (reason := unsupported(*arrays, **windows, scale=scale)) is not None:
         return reason
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"queries, keys and values must be bf16 or fp16, not {query.dtype}"

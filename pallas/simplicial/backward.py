@@ -29,7 +29,7 @@ import triton.language as tl
 from jattn.pallas import _triton, tuning
 from jattn.pallas._tiles import _load_rows, _store_rows
 from jattn.pallas.simplicial.tiles import (
-    _load_all_rows,
+    _load_columns,
     _load_factors,
     _rows,
     constants,
@@ -67,6 +67,12 @@ class Tiling:
     stages: int
 
 
+# Those with which two programs fit on a multiprocessor. Matrices that do not fit in
+# registers beside the sums would come from memory for every block.
+QUERY_TILING = Tiling(rows=64, tokens=1, block=32, warps=4, stages=3)
+KEY_TILING = Tiling(rows=32, tokens=1, block=64, warps=4, stages=1)
+
+
 def backward(
     query: jax.Array,
     few_key: jax.Array,
@@ -87,14 +93,14 @@ def backward(
 
     Args:
       query: [B, T, N, H].
-      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
-        at the positions of the queries.
-      few_value: [B, F, K, V].
+      few_key: [B, F, K, H], the keys with the smaller window, in the queries' dtype or
+        in fp32; the last T of them stand at the positions of the queries.
+      few_value: [B, F, K, V], as few_key.
       many_key: [B, M, K, H], as few_key.
       many_value: [B, M, K, V].
       visible: int32 [B, T], how many keys before and at its own position a query may
         see at most, or None for no such limit.
-      out: [B, T, N, V], what forward gave.
+      out: [B, T, N, V], what forward gave, best in fp32.
       lse: [B, T, N] in fp32 (natural log), what forward gave.
       out_gradient: [B, T, N, V].
       lse_gradient: [B, T, N].
@@ -144,17 +150,19 @@ class _Launch:
         self.kv_heads, self.value_width = self.few_value.shape[2:]
         self.lengths = (self.queries, self.few_key.shape[1], self.many_key.shape[1])
 
-    def tiling(self, kernel, stages):
+    def tiling(self, kernel, usual):
         """The tiling of the kernel of that name, and its constants.
 
-        Where no tiling was measured it has that many stages.
+        Args:
+          kernel: Its name in the tables.
+          usual: The tiling where none was measured, for usual widths and dtypes.
         """
         shape = tuning_shape(
             self.query, self.few_value, self.few_window, self.many_window
         )
         width = max(self.key_width, self.value_width)
         tiling = tuning.choose(
-            kernel, shape, _heuristic(width, self.query.dtype.itemsize, stages)
+            kernel, shape, _heuristic(width, self.query.dtype.itemsize, usual)
         )
         return tiling, {
             **constants(
@@ -188,7 +196,7 @@ class _Launch:
 
     def query_and_few(self):
         """Gradients of query, and of the keys and values with the smaller window."""
-        tiling, constants = self.tiling("simplicial_backward_query", stages=2)
+        tiling, constants = self.tiling("simplicial_backward_query", QUERY_TILING)
         tokens = constants["TOKENS"]
         head_tiles = triton.cdiv(constants["GROUP"], constants["HEADS"])
         rows = (self.kv_heads, head_tiles, self.few_window)
@@ -208,10 +216,15 @@ class _Launch:
             )
         ]
 
+        key_tiles = [
+            _triton.Descriptor(x, (1, tiling.block, 1, constants[padded]))
+            for x, padded in ((self.many_key, "H_PAD"), (self.many_value, "V_PAD"))
+        ]
+
         def chunk(sums, first):
             query_gradient, *partials = self.call(
                 _query_kernel,
-                (first,),
+                (first, *key_tiles),
                 tiling,
                 outputs=of_chunk,
                 grid=(tiles, self.batch * self.kv_heads * head_tiles),
@@ -265,10 +278,7 @@ class _Launch:
 
     def many(self):
         """Gradients of the keys and values with the larger window."""
-        # Two programs fit on a multiprocessor if rows that have keys of their own are
-        # not loaded ahead.
-        stages = 2 if self.heads // self.kv_heads > 32 else 1
-        tiling, constants = self.tiling("simplicial_backward_key", stages)
+        tiling, constants = self.tiling("simplicial_backward_key", KEY_TILING)
         blocks = triton.cdiv(self.many_key.shape[1], tiling.block)
         # Where there are few blocks, several programs share the positions of each.
         programs = blocks * self.batch * self.kv_heads
@@ -290,14 +300,14 @@ class _Launch:
         return [jnp.sum(x, axis=0).astype(self.query.dtype) for x in partials]
 
 
-def _heuristic(width, itemsize, stages):
-    """The tiling of both kernels where none was measured, by bytes of a number."""
+def _heuristic(width, itemsize, usual):
+    """The tiling where none was measured, by bytes of a number."""
     if itemsize > 2:
         size = 32 if width <= 128 else 16
         return Tiling(rows=size, tokens=1, block=size, warps=4, stages=1)
     if width > 128:
         return Tiling(rows=64, tokens=1, block=64, warps=8, stages=1)
-    return Tiling(rows=64, tokens=1, block=64, warps=4, stages=stages)
+    return usual
 
 
 @triton.jit
@@ -341,6 +351,8 @@ def _query_kernel(
     lse_ptr,  # [B, T, N], in base 2, +inf where nothing is seen
     delta_ptr,  # [B, T, N]
     chunk_ptr,  # [1]: the chunk's first position
+    key_tiles,  # [B, M, K, H], tiles [1, BLOCK, 1, H_PAD]
+    value_tiles,  # [B, M, K, V], tiles [1, BLOCK, 1, V_PAD]
     scale_log2,
     queries,
     few_keys,
@@ -421,8 +433,6 @@ def _query_kernel(
     for start in range(0, longest, ENTRIES):
         back = start + entry
         valid = back < few_reach
-        query = _load_rows(query_ptr, source, live, H, H_PAD)
-        out_gradient = _load_rows(out_gradient_ptr, source, live, V, V_PAD)
         key_factors = _load_factors(
             few_key_ptr,
             start,
@@ -449,8 +459,13 @@ def _query_kernel(
         )
         lse = tl.load(lse_ptr + query_row + source, mask=valid, other=float("inf"))
         delta = tl.load(delta_ptr + query_row + source, mask=valid, other=0.0)
-        expanded = query * key_factors  # [ROWS, H]
-        expanded_gradient = out_gradient * value_factors  # [ROWS, V]
+        # Transposed, and loaded again after the blocks: there are no registers to keep
+        # them in meanwhile, and the compiler would merge two loads that are the same.
+        query = _load_columns(query_ptr, source, live, H, H_PAD)
+        expanded = tl.trans((query * tl.trans(key_factors)).to(query.dtype))
+        out_gradient = _load_columns(out_gradient_ptr, source, live, V, V_PAD)
+        expanded_gradient = (out_gradient * tl.trans(value_factors)).to(query.dtype)
+        expanded_gradient = tl.trans(expanded_gradient)
         expanded_sum = tl.zeros([ROWS, H_PAD], tl.float32)
         gradient_sum = tl.zeros([ROWS, V_PAD], tl.float32)
         if TOKENS > 1:
@@ -474,14 +489,14 @@ def _query_kernel(
                     scale_log2,
                 )
         for block in range(middle, last, BLOCK):
-            row = (block - low + column) * KV_HEADS
+            place = [kv_row // KV_HEADS, block, kv_head, 0]
             expanded_sum, gradient_sum = _query_step(
                 expanded,
                 expanded_gradient,
                 lse,
                 delta,
-                _load_all_rows(many_key_ptr, row, H, H_PAD),
-                _load_all_rows(many_value_ptr, row, V, V_PAD),
+                key_tiles.load(place).reshape(BLOCK, H_PAD),
+                value_tiles.load(place).reshape(BLOCK, V_PAD),
                 None,
                 expanded_sum,
                 gradient_sum,
@@ -506,6 +521,8 @@ def _query_kernel(
                 gradient_sum,
                 scale_log2,
             )
+        query = _load_rows(query_ptr, source, live, H, H_PAD)
+        out_gradient = _load_rows(out_gradient_ptr, source, live, V, V_PAD)
         query_gradient += expanded_sum * key_factors.to(tl.float32)
         key_gradient = expanded_sum * query.to(tl.float32)
         value_gradient = gradient_sum * out_gradient.to(tl.float32)
@@ -646,18 +663,14 @@ def _key_kernel(
     full_end = (tl.minimum(queries, low + many_window - ahead) - begin) // TOKENS
     if LIMITED:
         full_end = full
-    steps = HEAD_TILES * ((few_window + ENTRIES - 1) // ENTRIES)
-    entry_steps = (few_window + ENTRIES - 1) // ENTRIES
 
-    for step in range(tile * steps, tile_end * steps):
-        step_tile = step // steps
+    for step in range(tile * HEAD_TILES, tile_end * HEAD_TILES):
+        step_tile = step // HEAD_TILES
         first = begin + step_tile * TOKENS
-        head_tile = step % steps // entry_steps
-        start = step % entry_steps * ENTRIES
         token, head, entry, live, few_reach, many_reach = _rows(
             visible_ptr + batch * queries + first,
             first,
-            head_tile,
+            step - step_tile * HEAD_TILES,
             queries,
             few_keys,
             many_keys,
@@ -669,12 +682,7 @@ def _key_kernel(
             ENTRIES,
             LIMITED,
         )
-        back = start + entry
-        valid = back < few_reach
-        longest = tl.minimum(first + 1 + few_keys - queries, few_window)
-        if LIMITED and SHARED:
-            visible = tl.load(visible_ptr + batch * queries + first)
-            longest = tl.minimum(longest, visible)
+        longest = tl.maximum(tl.max(few_reach, axis=0), 0)
         query_row = (batch * queries + first) * (KV_HEADS * GROUP)
         source = (token * KV_HEADS + kv_head) * GROUP + head
         few_row = (batch * few_keys + few_keys - queries + first) * KV_HEADS + kv_head
@@ -682,55 +690,63 @@ def _key_kernel(
         out_gradient = _load_rows(
             out_gradient_ptr + query_row * V, source, live, V, V_PAD
         )
-        expanded = query * _load_factors(
-            few_key_ptr + few_row * H,
-            start,
-            longest,
-            back,
-            few_reach,
-            token,
-            KV_HEADS,
-            H,
-            H_PAD,
-            SHARED,
-        )
-        expanded_gradient = out_gradient * _load_factors(
-            few_value_ptr + few_row * V,
-            start,
-            longest,
-            back,
-            few_reach,
-            token,
-            KV_HEADS,
-            V,
-            V_PAD,
-            SHARED,
-        )
-        lse = tl.load(lse_ptr + query_row + source, mask=valid, other=float("inf"))
-        delta = tl.load(delta_ptr + query_row + source, mask=valid, other=0.0)
-        # Transposed: weights and gradient then enter the products for key and value
-        # from registers.
-        logits = tl.dot(key, tl.trans(expanded), input_precision="tf32x3")
-        if (step_tile < full) | (step_tile >= full_end):
-            last_seen = first + token + ahead
-            seen = position[:, None] <= last_seen[None, :]
-            seen &= position[:, None] > (last_seen - many_reach)[None, :]
-            logits = tl.where(seen, logits, -float("inf"))
-        weights = tl.exp2(logits * scale_log2 - lse[None, :])  # [BLOCK, ROWS]
-        value_gradient = tl.dot(
-            weights.to(value.dtype),
-            expanded_gradient,
-            value_gradient,
-            input_precision="tf32x3",
-        )
-        gradient = tl.dot(value, tl.trans(expanded_gradient), input_precision="tf32x3")
-        gradient = weights * (gradient - delta[None, :])
-        if LIMITED:
-            # Nor do others see all of the block.
-            gradient = tl.where(weights > 0.0, gradient, 0.0)
-        key_gradient = tl.dot(
-            gradient.to(key.dtype), expanded, key_gradient, input_precision="tf32x3"
-        )
+        row_lse = tl.load(lse_ptr + query_row + source, mask=live, other=float("inf"))
+        delta = tl.load(delta_ptr + query_row + source, mask=live, other=0.0)
+        some_hidden = (step_tile < full) | (step_tile >= full_end)
+        for start in range(0, longest, ENTRIES):
+            back = start + entry
+            factors = _load_factors(
+                few_key_ptr + few_row * H,
+                start,
+                longest,
+                back,
+                few_reach,
+                token,
+                KV_HEADS,
+                H,
+                H_PAD,
+                SHARED,
+            )
+            expanded = (query * factors).to(query.dtype)
+            factors = _load_factors(
+                few_value_ptr + few_row * V,
+                start,
+                longest,
+                back,
+                few_reach,
+                token,
+                KV_HEADS,
+                V,
+                V_PAD,
+                SHARED,
+            )
+            expanded_gradient = (out_gradient * factors).to(out_gradient.dtype)
+            lse = tl.where(back < few_reach, row_lse, float("inf"))
+            # Transposed: weights and gradient then enter the products for key and value
+            # from registers.
+            logits = tl.dot(key, tl.trans(expanded), input_precision="tf32x3")
+            gradient = tl.dot(
+                value, tl.trans(expanded_gradient), input_precision="tf32x3"
+            )
+            if some_hidden:
+                last_seen = first + token + ahead
+                seen = position[:, None] <= last_seen[None, :]
+                seen &= position[:, None] > (last_seen - many_reach)[None, :]
+                logits = tl.where(seen, logits, -float("inf"))
+            weights = tl.exp2(logits * scale_log2 - lse[None, :])  # [BLOCK, ROWS]
+            value_gradient = tl.dot(
+                weights.to(value.dtype),
+                expanded_gradient,
+                value_gradient,
+                input_precision="tf32x3",
+            )
+            gradient = weights * (gradient - delta[None, :])
+            if LIMITED:
+                # Nor do others see all of the block.
+                gradient = tl.where(weights > 0.0, gradient, 0.0)
+            key_gradient = tl.dot(
+                gradient.to(key.dtype), expanded, key_gradient, input_precision="tf32x3"
+            )
 
     key_gradient *= scale_log2 * 0.6931471805599453
     batches = tl.num_programs(1) // KV_HEADS

@@ -113,6 +113,7 @@ def forward(
     few_window: int,
     many_window: int,
     scale: float,
+    out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """2-simplicial attention, not differentiable.
 
@@ -121,9 +122,9 @@ def forward(
 
     Args:
       query: [B, T, N, H], bf16 or fp16, where H is 64 or 128 and HEADS divides N / K.
-      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
-        at the positions of the queries.
-      few_value: [B, F, K, H].
+      few_key: [B, F, K, H], the keys with the smaller window, in the queries' dtype or
+        in fp32; the last T of them stand at the positions of the queries.
+      few_value: [B, F, K, H], as few_key.
       many_key: [B, M, K, H], as few_key.
       many_value: [B, M, K, H].
       visible: int32 [B, T], how many keys before and at its own position a query may
@@ -131,6 +132,7 @@ def forward(
       few_window: Keys that a query sees of the one set, itself included.
       many_window: Of the other.
       scale: Factor of the logits, positive.
+      out_dtype: That of the output; the one of many_value if None.
 
     Returns:
       Output [B, T, N, H] and log-sum-exp [B, T, N] in fp32 (natural log).
@@ -167,10 +169,12 @@ def forward(
     results = plgpu.kernel(
         functools.partial(_kernel, sizes=sizes, tiling=tiling),
         out_type=(
-            jax.ShapeDtypeStruct(query.shape, many_value.dtype),
+            jax.ShapeDtypeStruct(query.shape, out_dtype or many_value.dtype),
             jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
         ),
-        scratch_types=_memory_types(tiling, width, query.dtype, interpret is not None),
+        scratch_types=_memory_types(
+            tiling, width, query.dtype, few_key.dtype, few_value.dtype, interpret
+        ),
         grid=(min(tiling.programs, sizes.items),),
         grid_names=("program",),
         num_threads=CONSUMERS + 1,
@@ -257,9 +261,9 @@ class _Memory:
 
 
 def _memory_types(
-    tiling: Tiling, width: int, dtype: Any, interpreted: bool
+    tiling: Tiling, width: int, dtype: Any, key_dtype: Any, value_dtype: Any, interpret
 ) -> dict[str, Any]:
-    """The types of _Memory's attributes."""
+    """The types of _Memory's attributes; the last two dtypes are the few keys'."""
 
     def matrix(*shape, dtype=dtype):
         # Their base class is abstract by accident.
@@ -270,18 +274,18 @@ def _memory_types(
     def barrier(number, arrivals):
         return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
 
-    few = plgpu.SMEM((FEW_SLOTS, tiling.few, width), dtype)
+    few = FEW_SLOTS, tiling.few, width
     return {
         "query": matrix(HEADS, width),
         "ring": matrix(tiling.slots, tiling.columns, width),
-        "few_key": few,
-        "few_value": few,
+        "few_key": plgpu.SMEM(few, key_dtype),
+        "few_value": plgpu.SMEM(few, value_dtype),
         "expanded_or_half": plgpu.RefUnion(
             matrix(CONSUMERS, HEADS, width),
             matrix(CONSUMERS, HEADS, width // 2, dtype=jnp.float32),
         ),
         "statistics": plgpu.SMEM((CONSUMERS, 2, HEADS), jnp.float32),
-        "weights": matrix(CONSUMERS, HEADS, tiling.step) if interpreted else None,
+        "weights": matrix(CONSUMERS, HEADS, tiling.step) if interpret else None,
         "query_full": barrier(1, 1),
         "query_empty": barrier(1, CONSUMERS),
         "ring_full": barrier(tiling.slots, 1),
@@ -630,9 +634,12 @@ class _Consumer:
         copied = plgpu.Layout.SMEM_GMEM_COPY(
             (HEADS, sizes.width), memory.query.dtype, 128
         )
-        few_key = plgpu.load(memory.few_key.at[few_slot, row], layout=copied.reduce(0))
+        few_key = plgpu.load(
+            memory.few_key.at[few_slot, row], layout=copied.reduce(0), optimized=False
+        )
         few_key = lax.broadcast_in_dim(few_key, (HEADS, sizes.width), [1])
-        expanded_query[...] = plgpu.load(memory.query, layout=copied) * few_key
+        product = plgpu.load(memory.query, layout=copied) * few_key
+        expanded_query[...] = product.astype(expanded_query.dtype)
         plgpu.commit_smem()
 
         @pl.when(is_last & is_last_step)

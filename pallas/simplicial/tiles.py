@@ -95,15 +95,14 @@ def _rows(
 
 
 @triton.jit
-def _load_all_rows(pointer, row, WIDTH: tl.constexpr, PADDED: tl.constexpr):
-    """Like _load_rows, of rows that all exist."""
+def _load_columns(pointer, row, live, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Like _load_rows, transposed: [PADDED, rows]."""
     column = tl.arange(0, PADDED)
-    offset = row[:, None] * WIDTH + column[None, :]
-    if WIDTH == PADDED:
-        tile = tl.load(pointer + offset)
-    else:
-        tile = tl.load(pointer + offset, mask=(column < WIDTH)[None, :], other=0.0)
-    return tile
+    return tl.load(
+        pointer + column[:, None] + row[None, :] * WIDTH,
+        mask=(column < WIDTH)[:, None] & live[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -119,19 +118,20 @@ def _load_factors(
     PADDED: tl.constexpr,
     SHARED: tl.constexpr,
 ):
-    """The factor of each row, `back` keys before its token, 0 beyond its reach.
+    """The factors [ROWS, PADDED], `back` keys before each row's token.
 
-    Returns [ROWS, PADDED], or [1, PADDED] if all rows are SHARED: of one token and
-    entry.
+    They are 0 beyond its reach. SHARED says that all rows are of one token and entry.
     """
     column = tl.arange(0, PADDED)
     if SHARED:
-        row = tl.load(
-            pointer - start * (KV_HEADS * WIDTH) + column,
-            mask=column < tl.where(start < longest, WIDTH, 0),
+        # Each thread loads what it needs of the one row: to spread it over the threads
+        # once it is loaded takes longer.
+        same = tl.zeros_like(token) - tl.where(start < longest, start, 0)
+        factors = tl.load(
+            pointer + same[:, None] * (KV_HEADS * WIDTH) + column[None, :],
+            mask=(back < longest)[:, None] & (column < WIDTH)[None, :],
             other=0.0,
         )
-        factors = row[None, :]
     else:
         factors = tl.load(
             pointer + (token - back)[:, None] * (KV_HEADS * WIDTH) + column[None, :],

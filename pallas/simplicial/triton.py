@@ -30,7 +30,6 @@ from jattn.pallas import _triton, tuning
 from jattn.pallas._tiles import _load_rows, _store_rows
 from jattn.pallas.simplicial.backward import backward
 from jattn.pallas.simplicial.tiles import (
-    _load_all_rows,
     _load_factors,
     _rows,
     constants,
@@ -75,15 +74,15 @@ def attend(
     few_window: int,
     many_window: int,
     scale: float,
-    forward: Callable[..., tuple[jax.Array, jax.Array]] | None = None,
+    forward: Callable[..., tuple[jax.Array, jax.Array]],
 ) -> tuple[jax.Array, jax.Array]:
     """2-simplicial attention, differentiable in query, keys and values.
 
     Args:
       query: [B, T, N, H].
-      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
-        at the positions of the queries.
-      few_value: [B, F, K, V].
+      few_key: [B, F, K, H], the keys with the smaller window, in the queries' dtype or
+        in fp32; the last T of them stand at the positions of the queries.
+      few_value: [B, F, K, V], as few_key.
       many_key: [B, M, K, H], as few_key.
       many_value: [B, M, K, V].
       visible: int32 [B, T], how many keys before and at its own position a query may
@@ -91,7 +90,7 @@ def attend(
       few_window: Keys that a query sees of the one set, itself included.
       many_window: Of the other.
       scale: Factor of the logits, positive.
-      forward: Another kernel that gives what this module's forward does.
+      forward: The kernel: this module's or another that gives what it does.
 
     Returns:
       Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32 (natural log). A query that
@@ -100,7 +99,7 @@ def attend(
     width = few_value.shape[-1]
     # Rows that begin at multiples of 16 bytes are loaded in wide pieces.
     arrays = [
-        jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % (16 // x.dtype.itemsize))])
+        jnp.pad(x, [(0, 0)] * 3 + [(0, -x.shape[-1] % (16 // query.dtype.itemsize))])
         for x in (query, few_key, few_value, many_key, many_value)
     ]
     results: Any = _attend(*arrays, visible, few_window, many_window, scale, forward)
@@ -109,34 +108,27 @@ def attend(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9))
-def _attend(
-    query,
-    few_key,
-    few_value,
-    many_key,
-    many_value,
-    visible,
-    few_window,
-    many_window,
-    scale,
-    kernel,
-):
-    return (kernel or forward)(
-        query,
-        few_key,
-        few_value,
-        many_key,
-        many_value,
-        visible,
-        few_window=few_window,
-        many_window=many_window,
-        scale=scale,
-    )
+def _attend(*arguments):
+    return _forward(*arguments, out_dtype=None)
 
 
 def _attend_forward(*arguments):
-    results: Any = _attend(*arguments)
-    return results, (*arguments[:6], *results)
+    many_value = arguments[4]
+    # Where a query sees few pairs, gradients of logits are small differences from what
+    # backward computes of the output: the error of a rounded one would show in them.
+    out, lse = _forward(*arguments, out_dtype=jnp.float32)
+    return (out.astype(many_value.dtype), lse), (*arguments[:6], out, lse)
+
+
+def _forward(*arguments, out_dtype):
+    *arrays, few_window, many_window, scale, kernel = arguments
+    return kernel(
+        *arrays,
+        few_window=few_window,
+        many_window=many_window,
+        scale=scale,
+        out_dtype=out_dtype,
+    )
 
 
 def _attend_backward(few_window, many_window, scale, _, residuals, gradients):
@@ -164,14 +156,15 @@ def forward(
     few_window: int,
     many_window: int,
     scale: float,
+    out_dtype: Any = None,
 ) -> tuple[jax.Array, jax.Array]:
     """2-simplicial attention, not differentiable.
 
     Args:
       query: [B, T, N, H].
-      few_key: [B, F, K, H], the keys with the smaller window; the last T of them stand
-        at the positions of the queries.
-      few_value: [B, F, K, V].
+      few_key: [B, F, K, H], the keys with the smaller window, in the queries' dtype or
+        in fp32; the last T of them stand at the positions of the queries.
+      few_value: [B, F, K, V], as few_key.
       many_key: [B, M, K, H], as few_key.
       many_value: [B, M, K, V].
       visible: int32 [B, T], how many keys before and at its own position a query may
@@ -179,17 +172,22 @@ def forward(
       few_window: Keys that a query sees of the one set, itself included.
       many_window: Of the other.
       scale: Factor of the logits, positive.
+      out_dtype: That of the output; the one of many_value if None.
 
     Returns:
       Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32 (natural log).
     """
     batch, queries, heads, key_width = query.shape
     kv_heads, value_width = few_value.shape[2:]
+    out_dtype = out_dtype or many_value.dtype
     tiling = tuning.choose(
         "simplicial_forward",
         tuning_shape(query, few_value, few_window, many_window),
         _heuristic(
-            heads // kv_heads, max(key_width, value_width), query.dtype.itemsize
+            heads // kv_heads,
+            few_window,
+            max(key_width, value_width),
+            query.dtype.itemsize,
         ),
     )
     cut = constants(query, few_value, few_window, tiling.rows, tiling.tokens)
@@ -207,6 +205,8 @@ def forward(
         many_key,
         many_value,
         jnp.zeros((1, 1), jnp.int32) if visible is None else visible,
+        _triton.Descriptor(many_key, (1, tiling.block, 1, cut["H_PAD"])),
+        _triton.Descriptor(many_value, (1, tiling.block, 1, cut["V_PAD"])),
         float(scale) * LOG2_E,
         queries,
         few_key.shape[1],
@@ -216,7 +216,7 @@ def forward(
         outputs=[
             jax.ShapeDtypeStruct(
                 (parts, *query.shape[:3], value_width),
-                many_value.dtype if parts == 1 else jnp.float32,
+                out_dtype if parts == 1 else jnp.float32,
             ),
             jax.ShapeDtypeStruct((parts, *query.shape[:3]), jnp.float32),
         ],
@@ -240,19 +240,22 @@ def forward(
     total = jnp.sum(weights, axis=0)
     out = jnp.sum(out * weights[..., None], axis=0)
     out /= jnp.where(total > 0, total, 1)[..., None]
-    return out.astype(many_value.dtype), peak + jnp.log(total)
+    return out.astype(out_dtype), peak + jnp.log(total)
 
 
-def _heuristic(group: int, width: int, itemsize: int) -> Tiling:
+def _heuristic(group: int, few_window: int, width: int, itemsize: int) -> Tiling:
     """The tiling where none was measured, by bytes of a number."""
     if itemsize > 2:
         size = 32 if width <= 128 else 16
         return Tiling(size, tokens=1, chains=1, block=size, warps=4, stages=1)
     if width > 128:
         return Tiling(128, tokens=1, chains=1, block=32, warps=8, stages=2)
-    if group > 32:
-        # Two programs on a multiprocessor: one computes exponentials while the other
-        # multiplies.
+    # Two programs of 64 rows on a multiprocessor: one computes exponentials while the
+    # other multiplies. They have registers for one pass through the larger window only.
+    entries = max(1, 64 // triton.next_power_of_2(group))
+    if few_window <= entries:
+        return Tiling(64, tokens=1, chains=1, block=64, warps=4, stages=3)
+    if few_window <= 2 * entries:
         return Tiling(64, tokens=1, chains=2, block=64, warps=4, stages=2)
     return Tiling(128, tokens=1, chains=1, block=64, warps=8, stages=3)
 
@@ -296,6 +299,8 @@ def _forward_kernel(
     many_key_ptr,  # [B, M, K, H]
     many_value_ptr,  # [B, M, K, V]
     visible_ptr,  # [B, T] if LIMITED
+    key_tiles,  # [B, M, K, H], tiles [1, BLOCK, 1, H_PAD]
+    value_tiles,  # [B, M, K, V], tiles [1, BLOCK, 1, V_PAD]
     scale_log2,
     queries,
     few_keys,
@@ -383,7 +388,7 @@ def _forward_kernel(
     for start in range(begin, end, STEP):
         back = start + entry
         query = _load_rows(query_ptr, source, live, H, H_PAD)
-        expanded = query * _load_factors(
+        factors = _load_factors(
             few_key_ptr,
             start,
             longest,
@@ -395,11 +400,12 @@ def _forward_kernel(
             H_PAD,
             SHARED,
         )
+        expanded = (query * factors).to(query.dtype)
         peak = tl.full([ROWS], -float("inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         attended = tl.zeros([ROWS, V_PAD], tl.float32)
         if CHAINS == 2:
-            expanded2 = query * _load_factors(
+            factors = _load_factors(
                 few_key_ptr,
                 start + ENTRIES,
                 longest,
@@ -411,6 +417,7 @@ def _forward_kernel(
                 H_PAD,
                 SHARED,
             )
+            expanded2 = (query * factors).to(query.dtype)
             peak2 = tl.full([ROWS], -float("inf"), tl.float32)
             total2 = tl.zeros([ROWS], tl.float32)
             attended2 = tl.zeros([ROWS, V_PAD], tl.float32)
@@ -437,9 +444,9 @@ def _forward_kernel(
                         scale_log2,
                     )
         for block in range(middle, last, BLOCK):
-            row = (block - low + column) * KV_HEADS
-            key = _load_all_rows(many_key_ptr, row, H, H_PAD)
-            value = _load_all_rows(many_value_ptr, row, V, V_PAD)
+            place = [kv_row // KV_HEADS, block, kv_head, 0]
+            key = key_tiles.load(place).reshape(BLOCK, H_PAD)
+            value = value_tiles.load(place).reshape(BLOCK, V_PAD)
             peak, total, attended = _forward_step(
                 expanded, key, value, None, peak, total, attended, scale_log2
             )

@@ -31,8 +31,12 @@ CASES = {
     **{f"T = {t}": dict(t=t, b=2) for t in (63, 111, 1000)},
     **{
         f"windows {windows}, group {g}": dict(g=g, windows=windows)
-        for windows in ((1, 1), (100, 1), (5, 3), (33, 33), (64, 512), (None, 7))
+        for windows in ((100, 1), (8, 4), (33, 33), (64, 512), (None, 7))
         for g in (1, 64)
+    },
+    **{
+        f"windows {windows}, fp32": dict(g=4, windows=windows, dtype="fp32")
+        for windows in ((1, 1), (5, 3))
     },
     "no windows": dict(t=111, g=4, windows=(None, None)),
     "fp16": dict(t=1000, g=64, k=1, dtype="fp16"),
@@ -62,7 +66,9 @@ def inputs(case, seed=0):
     segment_ids = None
     if "lengths" in sizes:
         segment_ids = documents(*sizes["lengths"], batch=b)
-    cotangents = normal(seed + 1, (b, t, k * g, v), (b, t, k * g))
+    out_cotangent, lse_cotangent = normal(seed + 1, (b, t, k * g, v), (b, t, k * g))
+    # All forms get the same one, the reference too.
+    cotangents = out_cotangent.astype(DTYPES[sizes["dtype"]]), lse_cotangent
     return arrays, segment_ids, options, cotangents
 
 
@@ -121,8 +127,9 @@ def calls_kernel(function, *arguments):
     return "triton_kernel_call" in str(jax.make_jaxpr(function)(*arguments))
 
 
-def test_automatic_choice_is_the_kernel():
-    arrays, segment_ids, options, cotangents = inputs({"g": 4})
+@pytest.mark.parametrize(("g", "implementation"), [(64, "pallas"), (4, "triton")])
+def test_automatic_choice_is_the_kernel(g, implementation):
+    arrays, segment_ids, options, cotangents = inputs({"g": g})
 
     def run(implementation):
         return functools.partial(
@@ -132,7 +139,7 @@ def test_automatic_choice_is_the_kernel():
     assert calls_kernel(run(None), arrays, segment_ids, cotangents)
     assert not calls_kernel(run("xla"), arrays, segment_ids, cotangents)
     chosen = run(None)(arrays, segment_ids, cotangents)
-    asked = run("triton")(arrays, segment_ids, cotangents)
+    asked = run(implementation)(arrays, segment_ids, cotangents)
     for x, y in zip(chosen, asked, strict=True):
         np.testing.assert_array_equal(x, y)
     # What the kernel does not support goes to the jnp form without a word.

@@ -103,10 +103,13 @@ def test_tilings_change_nothing(tiling):
 def test_forward_is_the_kernel_and_backward_tritons():
     case = dict(k=1, g=64, t=257, windows=(512, 32))
     arrays, segment_ids, options, cotangents = inputs(case)
-    run = functools.partial(value_and_gradients, implementation="pallas", **options)
-    program = str(jax.make_jaxpr(run)(arrays, segment_ids, cotangents))
-    assert "two_simplicial_forward" in program
-    assert "triton_kernel_call" in program
+    for implementation in (None, "pallas"):
+        run = functools.partial(
+            value_and_gradients, implementation=implementation, **options
+        )
+        program = str(jax.make_jaxpr(run)(arrays, segment_ids, cotangents))
+        assert "two_simplicial_forward" in program
+        assert "triton_kernel_call" in program
     arrays, _, _, cotangents = inputs(case | {"g": 32})
     with pytest.raises(NotImplementedError, match="a multiple of 64 query heads"):
         run(arrays, None, cotangents)

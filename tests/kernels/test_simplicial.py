@@ -208,11 +208,13 @@ def test_transformations_agree():
             np.testing.assert_array_equal(x, y)
 
 
-def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
+# Constants make the keys and values that multiply fp32.
+@pytest.mark.parametrize("biases", [{}, {"key2_bias": 1 / 128, "value2_bias": 1.0}])
+def test_compiles_to_matrix_instructions_for_hopper(compile_triton, biases):
     def shape(heads):
         return jax.ShapeDtypeStruct((1, 1000, heads, 128), jnp.bfloat16)
 
-    run = operation("triton", windows=(512, 32))
+    run = operation("triton", windows=(512, 32), **biases)
     kernels = compile_triton(run, shape(64), *[shape(1)] * 4)
     for name in ("_forward_kernel", "_query_kernel", "_key_kernel"):
         ptx, shared_bytes = kernels[name]
@@ -229,7 +231,10 @@ def test_compiles_to_matrix_instructions_for_hopper(compile_triton):
         ({"dtype": jnp.float64}, "must all be bf16, fp16 or fp32, not float64"),
         ({"many_key": (2, 0, 2, 8)}, "an array is empty"),
         ({"scale": -1.0}, "scale must be positive, not -1.0"),
-        ({"few_key": (2, 9, 2, 8), "many_key": (2, 31, 2, 8)}, "gradients of 31 keys"),
+        ({"few_key": (2, 7, 2, 8)}, None),
+        ({"few_key": (2, 1, 2, 8), "many_key": (2, 31, 2, 8)}, "gradients of 30 pairs"),
+        ({"few_window": 3, "many_window": 5}, "gradients of 15 pairs"),
+        ({"few_window": 1, "many_window": 1, "dtype": jnp.float32}, None),
         ({"many_key": (2, 2**28, 2, 8)}, "32 bits"),
     ],
 )
@@ -242,7 +247,9 @@ def test_says_what_it_does_not_support(changes, reason):
         )
         for name, shape in shapes.items()
     }
-    actual = unsupported(**arrays, scale=changes.get("scale", 0.5))
+    options = {"few_window": 5, "many_window": 30, "scale": 0.5}
+    options |= {x: changes[x] for x in options if x in changes}
+    actual = unsupported(**arrays, **options)
     assert actual == reason or reason in actual
 
 

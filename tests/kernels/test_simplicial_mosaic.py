@@ -105,7 +105,21 @@ def test_a_limit_of_what_is_visible_and_what_nobody_sees():
     jax.tree.map(np.testing.assert_array_equal, actual, (out, lse))
 
 
-def test_the_operation_runs_it_on_request(monkeypatch):
+@pytest.mark.usefixtures("no_races")
+def test_a_constant_added_to_what_multiplies_is_not_rounded():
+    query, few_key, few_value, *many = inputs(t=2, f=70, m=70)
+    few = few_key.astype(jnp.float32) + 1 / 64, few_value.astype(jnp.float32) + 1
+    actual = run(query, *few, *many)
+    # What is exact in fp32 but not in bf16 is what the two forms differ in.
+    rounded = [x.astype(jnp.bfloat16) for x in few]
+    exact = reference(*(x.astype(jnp.float32) for x in (query, *few, *many)))
+    error, rounded_error = (
+        relative_rms(out, exact[0]) for out, _ in (actual, run(query, *rounded, *many))
+    )
+    assert error < 0.85 * rounded_error
+
+
+def test_the_operation_runs_it(monkeypatch):
     arrays = inputs(t=1)
     attend = functools.partial(
         two_simplicial_attention, *arrays, windows=(100, 3), return_lse=True
@@ -118,7 +132,7 @@ def test_the_operation_runs_it_on_request(monkeypatch):
     query, key, value, key2, value2 = arrays
     expected = run(query, key2, value2, key, value)
     with tuning.force("simplicial_forward_mosaic", SMALL):
-        actual = attend(implementation="pallas")
+        actual = attend()
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
 
@@ -131,13 +145,14 @@ def shapes(b=4, t=8192, s=8192, n=64, k=1, h=128, dtype=jnp.bfloat16):
     return shape(b, t, n, h, dtype=dtype), keys, keys, keys, keys
 
 
-def full_size(*arrays, few_window=32, many_window=512):
+def full_size(*arrays, few_window=32, many_window=512, out_dtype=None):
     return kernel.forward(
         *arrays[:5],
         arrays[5] if len(arrays) > 5 else None,
         few_window=few_window,
         many_window=many_window,
         scale=0.1,
+        out_dtype=out_dtype,
     )
 
 
@@ -150,6 +165,7 @@ def full_size(*arrays, few_window=32, many_window=512):
         (shapes(h=64, n=256, k=2, dtype=jnp.float16), {}),
         (shapes(t=1000), {"few_window": 100, "many_window": 1100}),
         (shapes(), {"many_window": 64}),
+        (shapes(), {"out_dtype": jnp.float32}),
     ],
 )
 def test_lowers_for_hopper(lower_for_h100, arrays, options):
@@ -205,7 +221,7 @@ def test_steps_hardly_reach_beyond_the_window(width, window, step):
 def test_says_what_it_does_not_support(monkeypatch, changes, reason):
     monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
-    options = {"many_window": 512, "scale": 1.0}
+    options = {"few_window": 32, "many_window": 512, "scale": 1.0}
     options |= {x: changes[x] for x in options if x in changes}
     sizes = {x: y for x, y in changes.items() if x not in options}
     actual = unsupported_mosaic(*shapes(**sizes), **options)
