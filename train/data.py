@@ -219,8 +219,9 @@ class Dataset:
         )
 
 
-# One thread reads ahead while a step runs; the order does not depend on it.
-_READ_OPTIONS = grain.ReadOptions(num_threads=1, prefetch_buffer_size=64)
+# A piece is a slice of an array: threads that read ahead cost more than they save.
+# The host packs batches while the device works on the steps before.
+_READ_OPTIONS = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
 # Rows filled side by side: with more of them a short piece finds a row it fits into.

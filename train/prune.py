@@ -34,6 +34,9 @@ class PruneConfig:
       max_loss: The loss to be kept, in nats per token, instead of a baseline's.
       slack: Nats per token by which that loss may be exceeded.
       decrement: Tokens a budget is lowered by; a sixteenth of the context if None.
+      fraction: Part of its tokens that a budget is lowered by as long as that is more
+        than decrement. Halved whenever no budget can be lowered by so much: the
+        search is coarse at first and fine in the end.
       batches: Batches to measure; those of the run's evaluations if None.
       step: Which checkpoint; the one with the least validation loss if None.
     """
@@ -43,6 +46,7 @@ class PruneConfig:
     max_loss: float | None = None
     slack: float = 0.0
     decrement: int | None = None
+    fraction: float = 0.0
     batches: int | None = None
     step: int | None = None
 
@@ -52,6 +56,10 @@ class PruneConfig:
             raise UserError("give either baseline or max_loss, not both")
         if not 0 <= self.slack < math.inf:
             raise UserError(f"slack must be 0 or greater; got {self.slack}")
+        if not 0 <= self.fraction < 1:
+            raise UserError(
+                f"fraction must be at least 0 and less than 1; got {self.fraction}"
+            )
         for name in ("decrement", "batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -86,10 +94,10 @@ class PruneStep:
 def prune(config: PruneConfig) -> Iterator[PruneStep]:
     """Searches the budgets of a run, and keeps them when the search is over.
 
-    All budgets begin with the whole context. Again and again the layer whose smaller
-    budget leaves the least validation loss gives up some tokens, until none can
-    without exceeding the limit. Only then is anything written: a search that ends
-    earlier, or whose iterator is not exhausted, leaves the run as it was.
+    All budgets begin with the whole context. Again and again the layer in which a
+    token less costs the least validation loss gives up some, until none can without
+    exceeding the limit. Only then is anything written: a search that ends earlier, or
+    whose iterator is not exhausted, leaves the run as it was.
 
     Args:
       config: What to do.
@@ -119,6 +127,7 @@ def prune(config: PruneConfig) -> Iterator[PruneStep]:
         num_layers=len(layers),
         context=context,
         decrement=config.decrement or max(1, context // 16),
+        fraction=config.fraction,
         limit=None if limit is None else limit + config.slack,
         slack=config.slack,
     )
@@ -170,16 +179,19 @@ def search_budgets(
     num_layers: int,
     context: int,
     decrement: int,
+    fraction: float = 0.0,
     limit: float | None,
     slack: float = 0.0,
 ) -> Iterator[Found]:
-    """Lowers one budget after the other, the least harmful one each time.
+    """Lowers one budget after the other, each time where a token costs the least.
 
     Args:
       losses: From budgets int32 [C, L] of C = L candidates to their losses [C].
       num_layers: Budgets L.
       context: Where all budgets begin.
-      decrement: What a budget is lowered by, down to MIN_BUDGET.
+      decrement: The least a budget is lowered by, down to MIN_BUDGET.
+      fraction: Part of a budget that it is lowered by if that is more. Halved
+        whenever that exceeds the limit in all layers.
       limit: The largest loss allowed; the first one plus slack if None.
       slack: See limit.
 
@@ -200,13 +212,20 @@ def search_budgets(
     lowered = None
     while True:
         yield Found(lowered, budgets, loss, limit)
-        lower = np.maximum(budgets - decrement, min(MIN_BUDGET, context))
-        # Candidate c lowers budget c only.
-        candidates = np.where(np.eye(num_layers, dtype=bool), lower, budgets)
-        found = np.where(lower < budgets, losses(candidates), np.inf)
-        lowered = int(np.argmin(np.where(np.isnan(found), np.inf, found)))
-        if not found[lowered] <= limit or np.isinf(found[lowered]):
-            return
+        while True:
+            less = np.maximum(decrement, (fraction * budgets).astype(np.int32))
+            lower = np.maximum(budgets - less, min(MIN_BUDGET, context))
+            # Candidate c lowers budget c only.
+            candidates = np.where(np.eye(num_layers, dtype=bool), lower, budgets)
+            found = losses(candidates)
+            allowed = (lower < budgets) & (found <= limit)
+            if np.any(allowed):
+                break
+            if fraction * np.max(budgets) <= decrement:
+                return
+            fraction /= 2
+        cost = (found - loss) / np.maximum(budgets - lower, 1)
+        lowered = int(np.argmin(np.where(allowed, cost, np.inf)))
         budgets, loss = candidates[lowered], float(found[lowered])
 
 

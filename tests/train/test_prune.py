@@ -145,6 +145,37 @@ def test_the_search_is_greedy(weights, decrement, slack):
         assert path[-1] == (2, 2, 2)
 
 
+def test_the_search_is_coarse_at_first_and_fine_in_the_end():
+    calls = []
+
+    def losses(candidates):
+        calls.append(candidates)
+        return np.sum(np.array([1.0, 4.0]) / candidates, axis=1)
+
+    def search(**options):
+        calls.clear()
+        found = list(
+            search_budgets(losses, num_layers=2, context=1024, limit=0.1, **options)
+        )
+        assert all(state.loss <= 0.1 for state in found)
+        return found, len(calls)
+
+    # The least sum of budgets within the limit is 30 + 60.
+    fine, fine_calls = search(decrement=1)
+    coarse, coarse_calls = search(decrement=1, fraction=0.5)
+    assert fine[-1].budgets.sum() == 90
+    assert coarse[-1].budgets.sum() <= 95
+    assert coarse_calls < fine_calls / 20
+
+    found, _ = search(decrement=4, fraction=0.5)
+    lowered = [
+        int(np.sum(before.budgets - after.budgets))
+        for before, after in itertools.pairwise(found)
+    ]
+    assert lowered[0] == 512
+    assert min(lowered) == 4
+
+
 def test_a_loss_that_is_not_a_number_is_never_the_least():
     def losses(candidates):
         return np.where(candidates[:, 0] < 8, np.nan, 1.0)
@@ -307,6 +338,7 @@ def test_the_command_line(run, capsys):
         ({"slack": -1.0}, "slack must be 0 or greater; got -1"),
         ({"slack": float("nan")}, "slack must be 0 or greater; got nan"),
         ({"decrement": 0}, "decrement must be greater than 0; got 0"),
+        ({"fraction": 1.0}, "fraction must be at least 0 and less than 1; got 1"),
         ({"batches": 0}, "batches must be greater than 0; got 0"),
     ],
 )

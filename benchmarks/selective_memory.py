@@ -1,0 +1,238 @@
+"""How small Selective Attention's cache gets at a dense model's validation loss.
+
+python -m benchmarks.selective_memory --context 512 --out FILE
+
+trains a dense and a selective model of one size on the source of Python's standard
+library, the selective one with the memory loss, and prunes it down to the validation
+loss of the dense one. Everything is what these commands do, with the options of
+`recipe`:
+
+jattn train --model.scheme dense --out runs/dense
+jattn train --model.scheme selective --out runs/selective
+jattn prune runs/selective --baseline runs/dense --fraction 0.5 --decrement 2
+jattn eval runs/selective
+"""
+
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import tyro
+
+from benchmarks.results import environment, replace
+from jattn.train import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+    TrainedModel,
+    UserError,
+    build_model,
+    load_run,
+    make_evaluator,
+    train,
+)
+from jattn.train.budgets import budgets_path, with_budgets
+from jattn.train.build import context_cache_bytes
+from jattn.train.data import Batch, Dataset
+from jattn.train.metrics import Row
+from jattn.train.prune import PruneConfig, prune
+
+# More batches than the held-out text has.
+_ALL = 10**6
+
+
+def recipe(context: int, seed: int = 0) -> TrainConfig:
+    """The runs' configuration but for the scheme and the folder.
+
+    Layers, heads and width are of the paper's family, in which a model of d layers has
+    d heads of 64. The paper weighs the memory loss by 0.1, for tokens of several bytes;
+    a byte has a fraction of their nats, and its memory gets a fraction of that weight.
+
+    Args:
+      context: Tokens of a row; a batch has 65536.
+      seed: Of parameters and of the order of the data.
+    """
+    return TrainConfig(
+        model=ModelConfig(num_layers=6, features=384, num_heads=6),
+        data=DataConfig(context_length=context, batch_size=2**16 // context),
+        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        steps=1000,
+        seed=seed,
+        dtype="bfloat16",
+        memory_loss_weight=0.02,
+        log_every=20,
+        eval_every=100,
+        eval_batches=4,
+        checkpoint_every=500,
+        keep_checkpoints=1,
+    )
+
+
+def measure(
+    config: TrainConfig,
+    folder: pathlib.Path,
+    *,
+    fraction: float = 0.5,
+    decrement: int = 2,
+    deadline: float = math.inf,
+) -> dict[str, Any]:
+    """Trains both models, prunes the selective one and measures all three.
+
+    The search sees the batches of the evaluations during training; what is reported is
+    measured on the whole held-out text.
+
+    Args:
+      config: Of both runs but for the scheme and the folder.
+      folder: Where the runs are kept.
+      fraction: See `jattn.train.PruneConfig`.
+      decrement: See `jattn.train.PruneConfig`.
+      deadline: When to end a search that is not over, of `time.perf_counter`.
+
+    Returns:
+      What is in the file of results about one context and seed. There, "kept" says
+      whose loss the search kept: that of the selective model with its whole cache if
+      it is worse than the dense one.
+    """
+    data = Dataset(config.data, seed=config.seed, align=config.align)
+    batches = data.validation_batches(_ALL)
+    runs, measured = {}, {}
+    for scheme in ("dense", "selective"):
+        runs[scheme] = _train(config, folder, scheme)
+        measured[scheme] = _measure(load_run(folder / scheme), batches)
+        print(scheme, measured[scheme], flush=True)
+
+    options = {"fraction": fraction, "decrement": decrement}
+    search = functools.partial(PruneConfig, str(folder / "selective"), **options)
+    try:
+        kept = "dense"
+        steps = _search(search(baseline=str(folder / "dense")), deadline)
+    except UserError as error:  # the selective model is the worse one
+        print(error, flush=True)
+        kept = "selective"
+        steps = _search(search(), deadline)
+
+    run = load_run(folder / "selective", steps[-1]["step"])
+    pruned = with_budgets(run.config, steps[-1]["budgets"])
+    model = build_model(pruned, run.tokenizer.vocab_size)
+    measured["pruned"] = _measure(
+        dataclasses.replace(run, config=pruned, model=model), batches
+    )
+    print("pruned", measured["pruned"], flush=True)
+    return {
+        "context": config.data.context_length,
+        "seed": config.seed,
+        "text": {
+            "train_bytes": data.train_bytes,
+            "validation_bytes": data.validation_bytes,
+            "fingerprint": data.fingerprint,
+            **data.entropies._asdict(),
+        },
+        "runs": runs,
+        "search": {"kept": kept, **options, "steps": steps},
+        "measured": measured,
+    }
+
+
+def _train(config: TrainConfig, folder: pathlib.Path, scheme: str) -> dict[str, Any]:
+    """What is in the file of results about the training of one model."""
+    model = dataclasses.replace(config.model, scheme=scheme)
+    out = folder / scheme
+    # An earlier search must not change what is measured before the next one.
+    budgets_path(out).unlink(missing_ok=True)
+    result = train(
+        dataclasses.replace(config, model=model, out=str(out)), callback=_show(scheme)
+    )
+    return {
+        "config": dataclasses.replace(result.config, out=None).to_json(),
+        "parameters": result.parameter_count,
+        "tokens_per_second": result.tokens_per_second,
+        "peak_bytes": result.peak_bytes,
+        "skipped": result.skipped,
+        "rows": result.rows,
+    }
+
+
+def _show(scheme: str) -> Callable[[Row], None]:
+    def show(row: Row) -> None:
+        if "validation_loss" in row:
+            print(
+                f"{scheme}, step {row['step']}: {row['validation_loss']:.4f}",
+                flush=True,
+            )
+
+    return show
+
+
+def _search(config: PruneConfig, deadline: float) -> list[dict[str, Any]]:
+    """The steps of `jattn prune` until the deadline."""
+    steps = []
+    for state in prune(config):
+        steps.append(dataclasses.asdict(state))
+        print(
+            f"{state.loss:.4f} of {state.limit:.4f}, {state.share:.1%} {state.budgets}",
+            flush=True,
+        )
+        if time.perf_counter() > deadline:
+            break
+    return steps
+
+
+def _measure(run: TrainedModel, batches: list[Batch]) -> dict[str, Any]:
+    """A run on held-out text."""
+    evaluate = make_evaluator(run.model, run.config, run.tokenizer.vocab_size)
+    found = evaluate(run.params, batches)
+    return {
+        "step": run.step,
+        "loss": found.loss,
+        "bits_per_byte": found.bits_per_byte,
+        "tokens": found.tokens,
+        "memory": found.auxiliary.get("selective_memory"),
+        "cache_bytes": context_cache_bytes(run.model, run.config),
+    }
+
+
+def main(
+    *,
+    out: pathlib.Path,
+    context: int,
+    seed: int = 0,
+    folder: pathlib.Path = pathlib.Path("runs/selective_memory"),
+    seconds: float = math.inf,
+) -> int:
+    """Runs the experiment and keeps what it found.
+
+    Args:
+      out: JSON file; what it says of other contexts and seeds stays.
+      context: Tokens of a row.
+      seed: Of parameters and of the order of the data.
+      folder: Of the runs, which go on where they were if they were interrupted.
+      seconds: A search that is not over by then ends.
+
+    Returns:
+      Exit code.
+    """
+    found = measure(
+        recipe(context, seed),
+        folder / f"{context}_{seed}",
+        deadline=time.perf_counter() + seconds,
+    )
+    results = json.loads(out.read_text()) if out.exists() else {"results": []}
+    others = [x for x in results["results"] if not _same(x, found)]
+    everything = sorted([*others, found], key=lambda x: (x["context"], x["seed"]))
+    replace(out, json.dumps(environment() | {"results": everything}) + "\n")
+    return 0
+
+
+def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    return all(one[name] == other[name] for name in ("context", "seed"))
+
+
+if __name__ == "__main__":
+    sys.exit(tyro.cli(main, description=__doc__.splitlines()[0]))
