@@ -7,6 +7,9 @@ shard_map over several host devices.
 """
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jattn.pallas import _device
@@ -41,3 +44,18 @@ def store(ref, value) -> None:
         ref[...] = value
     else:
         function(ref, value, optimized=False)
+
+
+def div_rem(x, divisor: int):
+    """Quotient and remainder of an x that is not negative."""
+    return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
+
+
+def ceil_div(x, divisor: int):
+    """Quotient, rounded up, of an x that is not negative."""
+    return div_rem(x + (divisor - 1), divisor)[0]
+
+
+def following(slot, slots: int):
+    """The slot of a ring of buffers after this one."""
+    return jnp.where(slot + 1 == slots, 0, slot + 1)

@@ -33,12 +33,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.pallas import _device, _mosaic, _triton, tuning
+from jattn.pallas._mosaic import ceil_div, div_rem
 from jattn.pallas.flash import ROWS
 from jattn.pallas.flash.mosaic_items import (
     ALIGNMENT,
     Sizes,
-    ceil_div,
-    div_rem,
     divide,
     item_at,
     stretches,
@@ -266,11 +265,6 @@ def _memory_types(
     }
 
 
-def _following(slot, slots: int):
-    """The slot of a ring after this one."""
-    return jnp.where(slot + 1 == slots, 0, slot + 1)
-
-
 def _kernel(*refs, sizes: Sizes, tiling: Tiling, **memory):
     """A thread block: its cluster's items program, program + programs, and so on."""
     query, key, value, out, lse = refs
@@ -337,7 +331,8 @@ class _Producer:
                 self._load_query(following, div_rem(i + 1, QUERY_SLOTS)[1])
                 self._load(self.key, following, 0, slot)
 
-            slot = jnp.where(i + 1 < rounds, _following(slot, self.tiling.slots), slot)
+            following_slot = _mosaic.following(slot, self.tiling.slots)
+            slot = jnp.where(i + 1 < rounds, following_slot, slot)
             return self._load(self.value, item, item.steps - 1, slot)
 
         lax.fori_loop(0, rounds, load_item, slot)
@@ -368,7 +363,7 @@ class _Producer:
             memory.ring_full.at[slot],
             collective_axes=PAIR if self.tiling.cluster > 1 else None,
         )
-        return _following(slot, self.tiling.slots)
+        return _mosaic.following(slot, self.tiling.slots)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -430,7 +425,7 @@ class _Consumer:
 
         def attend_step(step, carry, masked):
             key_slot, attended, weights, *softmax = carry
-            value_slot = _following(key_slot, self.tiling.slots)
+            value_slot = _mosaic.following(key_slot, self.tiling.slots)
             plgpu.barrier_wait(self.memory.ring_full.at[key_slot])
 
             def next_softmax(logits):
@@ -448,7 +443,7 @@ class _Consumer:
                 slots, self.sizes.step, weights, attended, next_softmax, release
             )
             attended *= lax.broadcast_in_dim(decay, attended.shape, [0])
-            return _following(value_slot, self.tiling.slots), attended, *softmax
+            return _mosaic.following(value_slot, self.tiling.slots), attended, *softmax
 
         carry = slot, attended, *softmax
         begin = 1
@@ -471,7 +466,7 @@ class _Consumer:
         goes_on = i + 1 < rounds
         count = self.tiling.slots
         key_slot = jnp.where(goes_on, slot, jnp.where(slot == 0, count, slot) - 1)
-        value_slot = jnp.where(goes_on, _following(slot, count), slot)
+        value_slot = jnp.where(goes_on, _mosaic.following(slot, count), slot)
         following_slot = jnp.where(goes_on, 1 - query_slot, query_slot)
 
         @pl.when(goes_on)
@@ -492,7 +487,7 @@ class _Consumer:
             slots, self.sizes.edge, weights, attended, first_softmax, release
         )
         self._write(item, query_slot, attended, peak, total)
-        return _following(value_slot, count), *softmax
+        return _mosaic.following(value_slot, count), *softmax
 
     def _multiply(self, slots, keys, weights, attended, get_softmax, release):
         """Multiplies query and keys, and adds the product of weights and values.

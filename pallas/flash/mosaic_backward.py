@@ -25,6 +25,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jattn.pallas import _mosaic
+
 LOG2_E = math.log2(math.e)
 
 CONSUMERS = 2
@@ -179,16 +181,6 @@ def barriers(number: int, arrivals: int) -> plgpu.Barrier:
     return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
 
 
-def divide(x, divisor: int):
-    """Quotient and remainder of an x that is not negative."""
-    return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
-
-
-def divide_up(x, divisor: int):
-    """Quotient, rounded up, of an x that is not negative."""
-    return divide(x + (divisor - 1), divisor)[0]
-
-
 def for_parts(batch, kv_head, first_row, sizes: Sizes, function) -> None:
     """Calls a function for each stretch of a tile's rows that is adjacent in memory.
 
@@ -204,7 +196,7 @@ def for_parts(batch, kv_head, first_row, sizes: Sizes, function) -> None:
         index = pl.ds(pl.multiple_of(first_row, ALIGNMENT), ROWS)
         function((batch, kv_head, index), pl.ds(0, ROWS), True)
         return
-    first_token = divide(first_row, sizes.group)[0]
+    first_token = _mosaic.div_rem(first_row, sizes.group)[0]
 
     # Unrolled, it would take more registers than a producer has.
     @pl.loop(np.int32(0), np.int32(sizes.parts))
@@ -213,11 +205,6 @@ def for_parts(batch, kv_head, first_row, sizes: Sizes, function) -> None:
         there = jnp.minimum(token, sizes.queries - 1)
         tile_rows = pl.ds(pl.multiple_of(i * sizes.group, sizes.group), sizes.group)
         function((batch, there, kv_head), tile_rows, token < sizes.queries)
-
-
-def following(slot, slots: int):
-    """The slot of a ring after this one."""
-    return jnp.where(slot + 1 == slots, 0, slot + 1)
 
 
 def product(x, y):

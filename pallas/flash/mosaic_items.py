@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jattn.pallas._mosaic import ceil_div, div_rem
 from jattn.pallas.flash import ROWS
 
 # Copies into the tiles of matrix instructions begin at every eighth row only.
@@ -192,13 +193,3 @@ def stretches(array, item: Item, tile, sizes: Sizes):
 def divide(x, divisor: int):
     """Quotient, rounded down, of x that are not negative."""
     return lax.div(x, np.int32(divisor) if x.ndim == 0 else jnp.full_like(x, divisor))
-
-
-def div_rem(x, divisor: int):
-    """Quotient and remainder of an x that is not negative."""
-    return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
-
-
-def ceil_div(x, divisor: int):
-    """Quotient, rounded up, of an x that is not negative."""
-    return div_rem(x + (divisor - 1), divisor)[0]

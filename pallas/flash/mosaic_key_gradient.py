@@ -192,15 +192,15 @@ class _Unit:
     @property
     def tiles(self):
         """Tiles of rows."""
-        return shared.divide_up(self.end - self.begin, ROWS)
+        return _mosaic.ceil_div(self.end - self.begin, ROWS)
 
 
 def _unit(units, sizes: shared.Sizes) -> _Unit:
     """The unit of work of this thread block."""
     # Found out where it is needed, rather than kept in registers all along.
     program = lax.optimization_barrier(lax.axis_index("program"))
-    index, kv_row = shared.divide(program, sizes.kv_rows)
-    batch, kv_head = shared.divide(kv_row, sizes.kv_heads)
+    index, kv_row = _mosaic.div_rem(program, sizes.kv_rows)
+    batch, kv_head = _mosaic.div_rem(kv_row, sizes.kv_heads)
     return _Unit(
         kv_row=kv_row,
         batch=batch,
@@ -277,7 +277,7 @@ class _Producer:
                     plgpu.copy_gmem_to_smem(source.at[index], tile, full)
 
             shared.for_parts(unit.batch, unit.kv_head, first, self.sizes, load_part)
-            return shared.following(slot, slots)
+            return _mosaic.following(slot, slots)
 
         lax.fori_loop(0, unit.tiles, load_tile, jnp.int32(0))
         for slot in range(slots):
@@ -332,13 +332,13 @@ class _Consumer:
         unit = _unit(self.units, sizes)
 
         def skip(i, carry):
-            slot = shared.divide(i, slots)[1]
+            slot = _mosaic.div_rem(i, slots)[1]
             plgpu.barrier_wait(memory.full.at[slot])
             plgpu.barrier_arrive(memory.empty.at[slot])
             return carry
 
         def step(i, carry, edges):
-            slot = shared.divide(i, slots)[1]
+            slot = _mosaic.div_rem(i, slots)[1]
             plgpu.barrier_wait(memory.full.at[slot])
             seen = self._seen(unit, unit.begin + i * ROWS, edges)
             carry = self._step(slot, *carry, seen)
@@ -391,13 +391,13 @@ class _Consumer:
         first_key = jnp.minimum(first_key, last_key)
         first_begin, first_end = (x - unit.begin for x in sizes.rows_of_key(first_key))
         last_begin, last_end = (x - unit.begin for x in sizes.rows_of_key(last_key))
-        unseen = jnp.clip(shared.divide(first_begin, ROWS)[0], 0, unit.tiles)
+        unseen = jnp.clip(_mosaic.div_rem(first_begin, ROWS)[0], 0, unit.tiles)
         if sizes.window is None:
-            edge = jnp.clip(shared.divide_up(last_begin, ROWS), unseen, unit.tiles)
+            edge = jnp.clip(_mosaic.ceil_div(last_begin, ROWS), unseen, unit.tiles)
             return unseen, edge, unit.tiles, unit.tiles
-        end = jnp.clip(shared.divide_up(last_end, ROWS), unseen, unit.tiles)
-        edge = jnp.clip(shared.divide_up(last_begin, ROWS), unseen, end)
-        whole = jnp.clip(shared.divide(first_end, ROWS)[0], edge, end)
+        end = jnp.clip(_mosaic.ceil_div(last_end, ROWS), unseen, unit.tiles)
+        edge = jnp.clip(_mosaic.ceil_div(last_begin, ROWS), unseen, end)
+        whole = jnp.clip(_mosaic.div_rem(first_end, ROWS)[0], edge, end)
         return unseen, edge, whole, end
 
     def _step(self, slot, key_gradient, value_gradient, seen):

@@ -192,18 +192,18 @@ def _item(index, sizes: shared.Sizes, items: int) -> _Item:
     """The item of that index; late rows, which see most keys, come first."""
     # Found out where it is needed, rather than kept in registers all along.
     index = lax.optimization_barrier(index)
-    tile, kv_row = shared.divide(index, sizes.kv_rows)
-    batch, kv_head = shared.divide(kv_row, sizes.kv_heads)
+    tile, kv_row = _mosaic.div_rem(index, sizes.kv_rows)
+    batch, kv_head = _mosaic.div_rem(kv_row, sizes.kv_heads)
     first_row = (items // sizes.kv_rows - 1 - tile) * (CONSUMERS * ROWS)
     rows = sizes.queries * sizes.group
-    first = shared.divide(first_row, sizes.group)[0]
+    first = _mosaic.div_rem(first_row, sizes.group)[0]
     last = jnp.minimum(first_row + CONSUMERS * ROWS, rows) - 1
-    last = shared.divide(last, sizes.group)[0]
+    last = _mosaic.div_rem(last, sizes.group)[0]
     (begin, whole_end), (whole, end) = map(sizes.keys_of_token, (first, last))
-    begin = shared.divide(begin, ALIGNMENT)[0] * ALIGNMENT
-    steps = jnp.maximum(shared.divide_up(end - begin, KEYS), 0)
-    whole = jnp.minimum(shared.divide_up(whole - begin, KEYS), steps)
-    whole_end = shared.divide(jnp.maximum(whole_end - begin, 0), KEYS)[0]
+    begin = _mosaic.div_rem(begin, ALIGNMENT)[0] * ALIGNMENT
+    steps = jnp.maximum(_mosaic.ceil_div(end - begin, KEYS), 0)
+    whole = jnp.minimum(_mosaic.ceil_div(whole - begin, KEYS), steps)
+    whole_end = _mosaic.div_rem(jnp.maximum(whole_end - begin, 0), KEYS)[0]
     return _Item(
         batch=batch,
         kv_head=kv_head,
@@ -221,7 +221,7 @@ def _kernel(*refs, sizes: shared.Sizes, items: int, **memory):
     memory = _Memory(**memory)
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     programs = lax.axis_size("program")
-    rounds = shared.divide_up(items - program, programs)
+    rounds = _mosaic.ceil_div(items - program, programs)
 
     def item(i):
         return _item(program + i * programs, sizes, items)
@@ -292,7 +292,7 @@ class _Producer:
                     target.at[slot],
                     memory.full.at[slot],
                 )
-            return shared.following(slot, memory.key.shape[0])
+            return _mosaic.following(slot, memory.key.shape[0])
 
         return lax.fori_loop(0, item.steps, load_step, slot)
 
@@ -349,7 +349,7 @@ class _Consumer:
             seen = self._seen(item, step, edges)
             total = self._attend_step(slot, rows, shift, delta, total, seen)
             plgpu.barrier_arrive(memory.empty.at[slot])
-            return shared.following(slot, memory.key.shape[0]), total
+            return _mosaic.following(slot, memory.key.shape[0]), total
 
         carry = slot, shared.zeros((ROWS, sizes.width))
         begin = np.int32(0)

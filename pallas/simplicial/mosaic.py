@@ -324,9 +324,9 @@ class _Item:
 
 def _item(index, sizes: _Sizes, visible) -> _Item:
     """The item of that index; neighbours in time have windows in common."""
-    row, position = _divmod(index, sizes.queries)
-    batch, head_tile = _divmod(row, sizes.heads // HEADS)
-    kv_head = _divmod(head_tile, sizes.heads // sizes.kv_heads // HEADS)[0]
+    row, position = _mosaic.div_rem(index, sizes.queries)
+    batch, head_tile = _mosaic.div_rem(row, sizes.heads // HEADS)
+    kv_head = _mosaic.div_rem(head_tile, sizes.heads // sizes.kv_heads // HEADS)[0]
     few_end = position + (sizes.few - sizes.queries + 1)
     many_end = position + (sizes.many - sizes.queries + 1)
 
@@ -354,7 +354,7 @@ def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
     memory = _Memory(**memory)
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     programs = min(tiling.programs, sizes.items)
-    rounds = _cdiv(sizes.items - program, programs)
+    rounds = _mosaic.ceil_div(sizes.items - program, programs)
 
     def for_items(function, carry):
         def call(i, carry):
@@ -381,20 +381,6 @@ def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
         consumer.start()
         for_items(consumer.attend_item, (jnp.int32(0), jnp.int32(0)))
         consumer.finish()
-
-
-def _divmod(x, divisor: int):
-    """Quotient and remainder of an x that is not negative."""
-    return lax.div(x, np.int32(divisor)), lax.rem(x, np.int32(divisor))
-
-
-def _cdiv(x, divisor: int):
-    return _divmod(x + (divisor - 1), divisor)[0]
-
-
-def _following(slot, slots: int):
-    """The slot of a ring after this one."""
-    return jnp.where(slot + 1 == slots, 0, slot + 1)
 
 
 def _few_first(item: _Item, chunk, few: int, length: int):
@@ -428,13 +414,13 @@ class _Producer:
             memory.query,
             memory.query_full,
         )
-        chunks = _cdiv(item.few_end - item.few_begin, tiling.few)
+        chunks = _mosaic.ceil_div(item.few_end - item.few_begin, tiling.few)
 
         def load_step(index, slots):
             slot, few_slot = slots
             few_slot = self._load_few(item, 0, few_slot)
             first = _many_first(item, index, tiling.step)
-            shift = _divmod(first, ALIGNMENT)[1]
+            shift = _mosaic.div_rem(first, ALIGNMENT)[1]
             for array in (self.many_key, self.many_value):
                 for i in range(tiling.blocks):
                     row = pl.multiple_of(first - shift + i * tiling.columns, ALIGNMENT)
@@ -445,11 +431,11 @@ class _Producer:
                         memory.ring.at[slot],
                         memory.ring_full.at[slot],
                     )
-                    slot = _following(slot, tiling.slots)
+                    slot = _mosaic.following(slot, tiling.slots)
             load_few = functools.partial(self._load_few, item)
             return slot, lax.fori_loop(1, chunks, load_few, few_slot)
 
-        steps = _cdiv(item.many_end - item.many_begin, tiling.step)
+        steps = _mosaic.ceil_div(item.many_end - item.many_begin, tiling.step)
         return lax.fori_loop(0, steps, load_step, slots)
 
     def _load_few(self, item, chunk, slot):
@@ -464,7 +450,7 @@ class _Producer:
             plgpu.copy_gmem_to_smem(
                 array.at[source], rows.at[slot], memory.few_full.at[slot]
             )
-        return _following(slot, FEW_SLOTS)
+        return _mosaic.following(slot, FEW_SLOTS)
 
     def finish(self):
         """Waits until the consumers have emptied everything."""
@@ -531,12 +517,12 @@ class _Consumer:
         width = self.sizes.width
         plgpu.barrier_wait(self.memory.query_full)
         seen = item.many_end - item.many_begin
-        steps = _cdiv(seen, self.tiling.step)
+        steps = _mosaic.ceil_div(seen, self.tiling.step)
 
         def attend_step(index, carry, partial):
             return self._attend_step(item, index, index == steps - 1, carry, partial)
 
-        whole = _divmod(seen, self.tiling.step)[0]
+        whole = _mosaic.div_rem(seen, self.tiling.step)[0]
         carry = (
             *slots,
             _filled(0, (HEADS, width), MATRIX),
@@ -563,7 +549,7 @@ class _Consumer:
         live = item.many_begin - first, item.many_end - index * self.tiling.step - first
         if partial:
             self._blank(self._slots(slot, VALUES), live)
-        few_steps = _cdiv(item.few_end - item.few_begin, CONSUMERS)
+        few_steps = _mosaic.ceil_div(item.few_end - item.few_begin, CONSUMERS)
 
         def attend_key(few_index, carry):
             return self._attend_key(
@@ -600,7 +586,7 @@ class _Consumer:
 
             @pl.loop(np.int32(0), np.int32(self.tiling.columns // HEADS))
             def _(tile, i=i, slot=slot):
-                @pl.when(_divmod(tile, CONSUMERS)[1] == self.me)
+                @pl.when(_mosaic.div_rem(tile, CONSUMERS)[1] == self.me)
                 def _():
                     row = pl.multiple_of(tile * HEADS, HEADS)
                     part = self.memory.ring.at[slot, pl.ds(row, HEADS)]
@@ -618,7 +604,7 @@ class _Consumer:
         memory, tiling, sizes = self.memory, self.tiling, self.sizes
         few_slot, attended, peak, total = carry
         per_chunk = tiling.few // CONSUMERS
-        chunk, place = _divmod(few_index, per_chunk)
+        chunk, place = _mosaic.div_rem(few_index, per_chunk)
         key = item.few_begin + few_index * CONSUMERS + self.me
         # If their number is odd, a consumer meets the last one again, without effect.
         handicap = jnp.where(key < item.few_end, 0.0, LOWEST)
@@ -708,7 +694,8 @@ class _Consumer:
             plgpu.commit_smem()
             plgpu.barrier_arrive(memory.few_empty.at[few_slot])
 
-        few_slot = jnp.where(ends_chunk, _following(few_slot, FEW_SLOTS), few_slot)
+        following_slot = _mosaic.following(few_slot, FEW_SLOTS)
+        few_slot = jnp.where(ends_chunk, following_slot, few_slot)
         few_value = few_value.astype(jnp.float32)
         few_value = lax.broadcast_in_dim(few_value, attended.shape, [1])
         decay = lax.broadcast_in_dim(decay, attended.shape, [0])
@@ -753,25 +740,15 @@ class _Consumer:
         result = jnp.where(is_first, low, high) * my_weight + theirs * their_weight
         heads, columns = pl.ds(item.head, HEADS), pl.ds(self.me * half, half)
         result = result.astype(self.out.dtype)
-        _store(self.out.at[item.batch, item.query, heads, columns], result)
+        _mosaic.store(self.out.at[item.batch, item.query, heads, columns], result)
 
         @pl.when(self.me == 0)
         def _():
             lse = jnp.where(seen, new_peak / LOG2_E + jnp.log(divisor), -jnp.inf)
-            _store(self.lse.at[item.batch, item.query, heads], lse)
+            _mosaic.store(self.lse.at[item.batch, item.query, heads], lse)
 
         # It is going to hold expanded queries again.
         self._meet()
-
-
-def _store(ref, value):
-    """Writes from registers to global memory, a few bytes of a thread at a time."""
-    # JAX 0.12 asks whether that is meant; 0.11 has no function for it.
-    store = getattr(plgpu, "store", None)
-    if store is None:
-        ref[...] = value
-    else:
-        store(ref, value, optimized=False)
 
 
 def _filled(value, shape, layout):
