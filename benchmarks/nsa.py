@@ -5,8 +5,9 @@ three branches and their gated sum. Sizes are the paper's, windows of 32 keys ev
 16 blocks of 64, a sliding window of 512; each branch has keys and values of its own.
 """
 
+import functools
+
 import jax
-import jax.numpy as jnp
 
 import jattn
 from benchmarks import torch_peers
@@ -66,9 +67,12 @@ def native_sparse(
     gates: jax.Array,
 ) -> jax.Array:
     """Native sparse attention of query [B, T, N, H] with compression by the mean."""
+    means = functools.partial(
+        jattn.nsa_window_means, kernel_size=KERNEL_SIZE, stride=STRIDE
+    )
     return jattn.native_sparse_attention(
         query,
-        (mean_windows(key), mean_windows(value)),
+        (means(key), means(value)),
         (key_selected, value_selected),
         (key_window, value_window),
         gates,
@@ -78,13 +82,3 @@ def native_sparse(
         num_blocks=NUM_BLOCKS,
         window_size=WINDOW,
     )
-
-
-def mean_windows(x: jax.Array) -> jax.Array:
-    """The mean of each of `jattn.nsa_windows`: [B, S, K, D] -> [B, M, K, D]."""
-    cells = x.reshape(x.shape[0], -1, STRIDE, *x.shape[2:])
-    cells = jnp.mean(cells, axis=2, dtype=jnp.float32)
-    size = KERNEL_SIZE // STRIDE
-    count = cells.shape[1] - size + 1
-    total = sum(cells[:, i : i + count] for i in range(size))
-    return (total / size).astype(x.dtype)

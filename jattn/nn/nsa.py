@@ -12,7 +12,7 @@ from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common, nsa
-from jattn.ops.compressed import nsa_windows, num_windows
+from jattn.ops.compressed import nsa_window_means, nsa_windows, num_windows
 from jattn.ops.nsa_decode import cached_attention
 
 Pair = tuple[jax.Array, jax.Array]
@@ -218,11 +218,18 @@ class NativeSparseAttention(nn.Module):
     def _attend(self, query, pairs, gates, compress, positions, segment_ids):
         """Attention among the tokens of one call."""
         raw, selected, window = pairs
-        windows = tuple(nsa_windows(x, **self._windows()) for x in raw)
-        starts = positions[:, :: self.stride][:, : windows[0].shape[1]]
+        count = num_windows(query.shape[1], **self._windows())
+        starts = positions[:, :: self.stride][:, :count]
+        if self.compression == "mean":
+            # As `compress` does it, but each token is read once.
+            key, value = (nsa_window_means(x, **self._windows()) for x in raw)
+            compressed = self._placed(key, starts), value
+        else:
+            windows = tuple(nsa_windows(x, **self._windows()) for x in raw)
+            compressed = compress(windows, starts)
         out, blocks = nsa.native_sparse_attention(
             query,
-            compress(windows, starts),
+            compressed,
             selected,
             window,
             gates,
@@ -338,11 +345,13 @@ class NativeSparseAttention(nn.Module):
 
         def compress(windows, starts):
             key, value = (f(x) for f, x in zip(maps, windows, strict=True))
-            if self.rope_compressed == "after":
-                key = self._rope(key, starts)
-            return key, value
+            return self._placed(key, starts), value
 
         return compress
+
+    def _placed(self, key, starts):
+        """Compressed keys, rotated by their windows' starts unless they were before."""
+        return self._rope(key, starts) if self.rope_compressed == "after" else key
 
     def _rope(self, x, positions):
         return x if self.rope_base is None else rope(x, positions, self.rope_base)

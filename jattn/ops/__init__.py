@@ -1,7 +1,11 @@
 """What each scheme computes: pure functions of arrays, without parameters."""
 
 from jattn.ops.block_sparse import block_sparse_attention
-from jattn.ops.compressed import compressed_attention, nsa_windows
+from jattn.ops.compressed import (
+    compressed_attention,
+    nsa_window_means,
+    nsa_windows,
+)
 from jattn.ops.dense import dense_attention
 from jattn.ops.long_conv import long_conv
 from jattn.ops.moba import (
@@ -42,6 +46,7 @@ __all__ = [
     "monarch_matmul",
     "native_sparse_attention",
     "nsa_select_blocks",
+    "nsa_window_means",
     "nsa_windows",
     "selection_mask",
     "selective_attention",

@@ -20,7 +20,7 @@ def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax
     Window i holds the tokens ``i * stride`` to ``i * stride + kernel_size - 1`` (the
     argument of φ in the paper's equation 7). Windows that would reach past the end do
     not exist: M = ⌊(S - kernel_size) / stride⌋ + 1, or 0 if S < kernel_size.
-    Compression by mean pooling is ``nsa_windows(key).mean(axis=2)``.
+    Compression by mean pooling is `nsa_window_means`.
 
     Args:
       x: [B, S, K, D], keys or values.
@@ -40,6 +40,36 @@ def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax
     cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
     shifted = [cells[:, i : i + count] for i in range(kernel_size // stride)]
     return jnp.concatenate(shifted, axis=2)
+
+
+def nsa_window_means(
+    x: jax.Array, *, kernel_size: int = 32, stride: int = 16
+) -> jax.Array:
+    """Compression by mean pooling: ``nsa_windows(x).mean(axis=2)``.
+
+    Windows overlap; here each token is read once. Sums are in fp32 (fp64 for fp64).
+
+    Args:
+      x: [B, S, K, D], keys or values.
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows, a divisor of kernel_size.
+
+    Returns:
+      [B, M, K, D] in x's dtype, M as in nsa_windows.
+
+    Raises:
+      ValueError: x has another rank, or the sizes do not fit.
+    """
+    sizes = _common.bind_shapes(("x", x, "BSKD"))
+    check_windows(kernel_size, stride)
+    b, s, k, d = (sizes[letter] for letter in "BSKD")
+    count = num_windows(s, kernel_size, stride)
+    cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
+    cells = jnp.sum(cells, axis=2, dtype=_common.statistics_dtype(x))
+    total = cells[:, :count]
+    for i in range(1, kernel_size // stride):
+        total += cells[:, i : i + count]
+    return (total / kernel_size).astype(x.dtype)
 
 
 def compressed_attention(

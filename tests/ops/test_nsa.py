@@ -246,6 +246,16 @@ def test_windows_are_those_of_equation_7():
         np.testing.assert_array_equal(windows[:, i], x[:, 2 * i : 2 * i + 6])
 
 
+@pytest.mark.parametrize(("length", "kernel_size"), [(23, 6), (24, 2), (5, 6)])
+def test_means_of_windows(length, kernel_size):
+    (x,) = normal(0, (2, length, 3, 5))
+    windows = {"kernel_size": kernel_size, "stride": 2}
+    expected = jattn.nsa_windows(x, **windows).mean(axis=2)
+    actual = jattn.nsa_window_means(x, **windows)
+    assert_equal_up_to_rounding(actual, expected, 1e-6)
+    assert jattn.nsa_window_means(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+
+
 def test_a_sequence_shorter_than_a_window_has_no_compressed_tokens():
     (x,) = normal(0, (2, 5, 3, 5))
     assert jattn.nsa_windows(x, kernel_size=6, stride=2).shape == (2, 0, 6, 3, 5)
