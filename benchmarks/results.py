@@ -15,7 +15,7 @@ from benchmarks import ops
 from benchmarks.measure import measure
 from benchmarks.table import details
 
-PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "nvidia-cudnn-cu13")
+PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "nvidia-cudnn-cu13")
 
 Names = Annotated[tuple[str, ...], tyro.conf.Positional]
 

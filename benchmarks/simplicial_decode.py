@@ -14,10 +14,10 @@ import jax.numpy as jnp
 
 from benchmarks.dense import attention_flops, normal
 from benchmarks.measure import Case
+from benchmarks.nsa_decode import STEPS, chained
 from benchmarks.simplicial import WINDOWS
 from jattn.nn.simplicial import SimplicialCache, attend_cached
 
-STEPS = 8
 # Tokens before the first step.
 LENGTH = 10_000
 NAMES = ("key", "value", "key2", "value2")
@@ -55,6 +55,7 @@ def cases(
     tokens = normal(*[(batch, STEPS, kv_heads, width)] * 4, seed=1)
     keys = math.prod(windows)
     dense_cache = normal(*[(batch, keys, kv_heads, width)] * 2, seed=2)
+    dense = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
     flops = attention_flops(STEPS * batch * keys, heads, width)
     flops |= {"backward_flops": 0}
     return {
@@ -64,7 +65,9 @@ def cases(
             **flops,
         ),
         # Not by its usual name: its keys are not those of two windows.
-        "dense": Case(dense, (query, *dense_cache), **flops),
+        "dense": Case(
+            functools.partial(chained, dense), (query, *dense_cache), **flops
+        ),
     }
 
 
@@ -88,15 +91,5 @@ def simplicial(query, *arrays, windows):
             key2_bias=0.0,
             value2_bias=0.0,
             implementation=None,
-        )
-    return out
-
-
-def dense(query, key, value):
-    """The same of dense attention by cuDNN."""
-    out = jnp.zeros_like(query)
-    for _ in range(STEPS):
-        out = jax.nn.dot_product_attention(
-            query + 0 * out, key, value, implementation="cudnn"
         )
     return out

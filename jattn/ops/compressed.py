@@ -33,11 +33,7 @@ def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax
     Raises:
       ValueError: x has another rank, or the sizes do not fit.
     """
-    sizes = _common.bind_shapes(("x", x, "BSKD"))
-    check_windows(kernel_size, stride)
-    b, s, k, d = (sizes[letter] for letter in "BSKD")
-    count = num_windows(s, kernel_size, stride)
-    cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
+    cells, count = _cells(x, kernel_size, stride)
     shifted = [cells[:, i : i + count] for i in range(kernel_size // stride)]
     return jnp.concatenate(shifted, axis=2)
 
@@ -60,16 +56,21 @@ def nsa_window_means(
     Raises:
       ValueError: x has another rank, or the sizes do not fit.
     """
-    sizes = _common.bind_shapes(("x", x, "BSKD"))
-    check_windows(kernel_size, stride)
-    b, s, k, d = (sizes[letter] for letter in "BSKD")
-    count = num_windows(s, kernel_size, stride)
-    cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
+    cells, count = _cells(x, kernel_size, stride)
     cells = jnp.sum(cells, axis=2, dtype=_common.statistics_dtype(x))
     total = cells[:, :count]
     for i in range(1, kernel_size // stride):
         total += cells[:, i : i + count]
     return (total / kernel_size).astype(x.dtype)
+
+
+def _cells(x, kernel_size, stride):
+    """Tokens [B, S, K, D] by strides, [B, S / stride, stride, K, D], and M."""
+    sizes = _common.bind_shapes(("x", x, "BSKD"))
+    check_windows(kernel_size, stride)
+    b, s, k, d = (sizes[letter] for letter in "BSKD")
+    cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
+    return cells, num_windows(s, kernel_size, stride)
 
 
 def compressed_attention(

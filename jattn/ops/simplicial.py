@@ -166,9 +166,9 @@ def attend_pairs(
     multiplies = window2 <= window
     dtypes = (key2.dtype, value2.dtype) if multiplies else (key.dtype, value.dtype)
     if key2_bias:
-        key2 = _biased(key2, key2_bias, dtype if multiplies else key2.dtype)
+        key2 = key2.astype(dtype if multiplies else key2.dtype) + key2_bias
     if value2_bias:
-        value2 = _biased(value2, value2_bias, dtype if multiplies else value2.dtype)
+        value2 = value2.astype(dtype if multiplies else value2.dtype) + value2_bias
     if form == "determinant":
         query, key, key2 = _determinant_factors(query, key, key2)
     if multiplies:
@@ -275,10 +275,6 @@ def attend_pairs(
         out.reshape(b, count * tile, n, width)[:, :t],
         lse.reshape(b, count * tile, n)[:, :t],
     )
-
-
-def _biased(x, bias, dtype):
-    return x.astype(dtype) + bias
 
 
 def _stretches(x, starts, length, axis):
