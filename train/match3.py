@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from jattn.models import BlockStack
+from jattn.models.embedding import Embed
 from jattn.train.build import parameter_count
 from jattn.train.config import UserError
 
@@ -111,7 +112,7 @@ class TokenClassifier(nn.Module):
     @nn.compact
     def __call__(self, tokens: jax.Array) -> jax.Array:
         """Maps tokens [B, T] to logits [B, T]."""
-        embed = nn.Embed(
+        embed = Embed(
             self.vocab_size,
             self.blocks.features,
             embedding_init=nn.initializers.normal(1.0),

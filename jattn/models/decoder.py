@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 
 from jattn.models import blocks
+from jattn.models.embedding import Embed
 from jattn.nn import cache as caches
 from jattn.ops import _common
 
@@ -145,7 +146,7 @@ class DecoderLM(nn.Module):
         """
         blocks.check_tokens(tokens, segment_ids)
         caches.check_call(segment_ids, cache, lengths)
-        embed = nn.Embed(
+        embed = Embed(
             # bos_id has a row even where it cannot be predicted.
             max(self.vocab_size, self.bos_id + 1),
             self.features,

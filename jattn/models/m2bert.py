@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.models import blocks
+from jattn.models.embedding import Embed
 from jattn.nn.monarch import BlockDiagonalMLP, MonarchMixer
 from jattn.ops import _common
 
@@ -134,7 +135,7 @@ class M2Bert(nn.Module):
         return blocks.project_logits(h, words.embedding.T) + bias
 
     def _embed(self, count, name):
-        return nn.Embed(
+        return Embed(
             count,
             self.features,
             embedding_init=nn.initializers.normal(0.02),

@@ -9,6 +9,7 @@ from flax import struct
 
 from jattn.models import blocks
 from jattn.models.blocks import BlockStack
+from jattn.models.embedding import embed
 from jattn.models.patches import CrossPatchAttention, PatchGrid, slide, take
 from jattn.nn import cache as caches
 from jattn.ops import _common
@@ -476,10 +477,10 @@ class Megabyte(nn.Module):
         There is no byte where the place is negative.
         """
         real = (places >= 0)[..., None]
-        x = self.global_embedding[jnp.where(places >= 0, tokens, 0)]
+        x = embed(self.global_embedding, jnp.where(places >= 0, tokens, 0))
         if self.positions == "absolute":
             shift = self.patch_size if self.order == "shift_then_embed" else 0
-            x = x + self.global_positions[jnp.maximum(places + shift, 0)]
+            x = x + embed(self.global_positions, jnp.maximum(places + shift, 0))
         x = jnp.where(real, x, 0)
         for kernel in self.convolutions:
             taps = []
@@ -504,7 +505,7 @@ class Megabyte(nn.Module):
         own = jnp.arange(size) - (size - 1) + places[..., None]  # place of each slot
         pad = self.global_pad
         if self.positions == "absolute" and self.order == "shift_then_embed":
-            pad = pad + self.global_positions[jnp.maximum(own + size, 0)]
+            pad = pad + embed(self.global_positions, jnp.maximum(own + size, 0))
         inputs = jnp.where((own >= 0)[..., None], before, pad)
         return inputs.reshape(*inputs.shape[:2], -1)
 
@@ -515,9 +516,9 @@ class Megabyte(nn.Module):
 
     def _local_inputs(self, tokens, slots, has_previous):
         """The byte's part of lin, [B, T, D_L]."""
-        x = self.local_embedding[jnp.where(has_previous, tokens, 0)]
+        x = embed(self.local_embedding, jnp.where(has_previous, tokens, 0))
         x = jnp.where(has_previous[..., None], x, self.local_pad)
-        return x + self.slot_positions[slots] if self.local_positions else x
+        return x + embed(self.slot_positions, slots) if self.local_positions else x
 
     def _logits(self, x):
         head = (
