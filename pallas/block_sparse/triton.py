@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _steps, _triton, tuning
+from jattn.pallas import _softmax, _steps, _triton, tuning
 from jattn.pallas.block_sparse import kernels
 from jattn.pallas.block_sparse.pairs import (
     Units,
@@ -262,11 +262,7 @@ def backward(
     pairs, units = launch.units(blocks, tiling)
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
-    # The kernel sees the gradient as rounded to its dtype: delta has to be of that one,
-    # and not of one that XLA knows in higher precision, for the two to cancel.
-    out_gradient = jax.lax.optimization_barrier(out_gradient)
-    delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
-    delta = jnp.sum(delta, axis=-1) - lse_gradient
+    delta = _softmax.delta(out, out_gradient, lse_gradient)
 
     _, _, rows, length, lists, slots = blocks.shape
     widths = query.shape[-1], value.shape[-1]

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.pallas import _mosaic
+from jattn.pallas import _mosaic, _softmax
 
 LOG2_E = math.log2(math.e)
 
@@ -136,7 +136,7 @@ def statistics(
     Returns:
       fp32 [B, K, 2, > R]; infinity and 0 where there are no rows.
     """
-    delta = jnp.sum(out.astype(jnp.float32) * out_gradient.astype(jnp.float32), axis=-1)
+    delta = _softmax.delta(out, out_gradient, lse_gradient)
     # Or XLA fuses the sum with the transposition, and reads slowly.
     delta = lax.optimization_barrier(delta)
     # Infinity gives rows that see nothing probabilities of 0.
@@ -148,7 +148,7 @@ def statistics(
         x = x.reshape(batch, sizes.kv_heads, -1)
         return padded(x, 2, sizes.padded_rows, filling)
 
-    return jnp.stack([by_row(shift, jnp.inf), by_row(delta - lse_gradient, 0)], axis=2)
+    return jnp.stack([by_row(shift, jnp.inf), by_row(delta, 0)], axis=2)
 
 
 def rows(x: jax.Array, sizes: Sizes) -> jax.Array:

@@ -30,7 +30,7 @@ import jax.numpy as jnp
 import triton
 
 from jattn.ops._common import document_starts
-from jattn.pallas import _triton, tuning
+from jattn.pallas import _softmax, _triton, tuning
 from jattn.pallas.selective import attention, mask
 
 LOG2_E = math.log2(math.e)
@@ -319,11 +319,7 @@ class _Work:
         From those of output, log-sum-exp and memory term.
         """
         out_gradient, lse_gradient, memory_gradient = gradients
-        # The kernels see the gradient as rounded to its dtype: delta has to be of that
-        # one, and not of one that XLA knows in higher precision, for them to cancel.
-        out_gradient = jax.lax.optimization_barrier(out_gradient)
-        delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
-        delta = jnp.sum(delta, axis=-1) - lse_gradient
+        delta = _softmax.delta(out, out_gradient, lse_gradient)
         cotangents = out_gradient, lse * LOG2_E, delta
         query_gradient = self._query_gradient(carries, cotangents)
         selecting, key_gradient, value_gradient, mask_gradient = self._key_gradients(

@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from jattn.pallas import _triton, tuning
+from jattn.pallas import _softmax, _triton, tuning
 from jattn.pallas._tiles import _load_rows, _store_rows
 from jattn.pallas.simplicial.tiles import (
     _load_columns,
@@ -110,11 +110,7 @@ def backward(
     """
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
-    # The kernels see the gradient as rounded to its dtype: delta has to be of that one,
-    # and not of one that XLA knows in higher precision, for the two to cancel.
-    out_gradient = jax.lax.optimization_barrier(out_gradient)
-    delta = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
-    delta = jnp.sum(delta, axis=-1) - lse_gradient
+    delta = _softmax.delta(out, out_gradient, lse_gradient)
     launch = _Launch(
         (query, few_key, few_value, many_key, many_value),
         visible,

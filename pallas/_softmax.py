@@ -1,0 +1,24 @@
+"""What the gradients of every softmax need."""
+
+import jax
+import jax.numpy as jnp
+
+
+def delta(
+    out: jax.Array, out_gradient: jax.Array, lse_gradient: jax.Array
+) -> jax.Array:
+    """The row sums of P ∘ dP, less the gradient of the log-sum-exp: dS = P ∘ (dP - it).
+
+    Args:
+      out: [..., V], the output P V'.
+      out_gradient: [..., V], in the dtype in which kernels compute dP from it.
+      lse_gradient: [...], of the natural log-sum-exp.
+
+    Returns:
+      fp32 [...].
+    """
+    # The kernels see the gradient as rounded to its dtype: delta has to be of that one,
+    # and not of one that XLA knows in higher precision, for the two to cancel.
+    out_gradient = jax.lax.optimization_barrier(out_gradient)
+    products = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
+    return jnp.sum(products, axis=-1) - lse_gradient
