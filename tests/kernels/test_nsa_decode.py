@@ -266,12 +266,12 @@ def test_compiles_for_hopper(compile_triton):
     )
     options = SIZES | {"ring": True, "scale": 0.1}
     kernels = compile_triton(functools.partial(kernel.attend, **options), *arrays)
-    for name in ("_compressed_kernel", "_local_kernel"):
+    for name in ("compressed_kernel", "local_kernel"):
         ptx, shared_bytes = kernels[name]
         assert "mma.sync" in ptx
         # Two programs on a multiprocessor.
         assert shared_bytes <= 113 * 1024
-    assert {"_select_kernel", "_merge_kernel"} <= set(kernels)
+    assert {"select_kernel", "merge_kernel"} <= set(kernels)
 
 
 @pytest.mark.parametrize("tokens", [1, 4])
