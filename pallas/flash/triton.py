@@ -17,7 +17,6 @@ V value width, U units of work of one kv head.
 
 import dataclasses
 import functools
-import itertools
 import math
 from typing import Any
 
@@ -36,6 +35,7 @@ from jattn.pallas.flash import (
     unsupported_mosaic_backward,
     unsupported_mosaic_forward,
 )
+from jattn.pallas.flash.units import Visibility, add_units, split_rows
 
 LOG2_E = math.log2(math.e)
 
@@ -44,9 +44,6 @@ MULTIPROCESSORS = 132
 
 # A unit of fewer tiles of rows takes too long to write and add up.
 MIN_UNIT_TILES = 64
-
-# Numbers that a program adds up, and units it loads at once.
-SUM_STEP, SUM_DEPTH = 512, 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,24 +73,6 @@ class SplitTiling(Tiling):
     """
 
     programs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Visibility:
-    """Which keys a query sees.
-
-    Attributes:
-      kernel_size: Tokens a key stands for.
-      stride: Tokens between the first ones of two keys.
-      window: Tokens back from the query, itself counted, among which a key's first has
-        to be; None for no limit.
-      length: Tokens there are, of which the queries are the last.
-    """
-
-    kernel_size: int
-    stride: int
-    window: int | None
-    length: int
 
 
 def attend(
@@ -219,7 +198,7 @@ def _mosaic_gradients(launch, query, key, value, out, lse, out_gradient, lse_gra
     gradients = mosaic_key_gradient.key_gradients(
         *arrays, units, sizes=sizes, tiling=tiling
     )
-    key_gradient, value_gradient = _add_units(gradients, units, tiling, key, value)
+    key_gradient, value_gradient = add_units(gradients, units, tiling.keys, key, value)
     return query_gradient, key_gradient, value_gradient
 
 
@@ -292,101 +271,8 @@ def _triton_gradients(launch, query, key, value, out, lse, out_gradient, lse_gra
         SPLIT=split,
         BOXES=boxes,
     )
-    key_gradient, value_gradient = _add_units(gradients, units, tiling, key, value)
+    key_gradient, value_gradient = add_units(gradients, units, tiling.keys, key, value)
     return query_gradient, key_gradient, value_gradient
-
-
-def split_rows(
-    visibility: Visibility,
-    *,
-    queries: int,
-    keys: int,
-    group: int,
-    kv_rows: int,
-    tiling: SplitTiling | mosaic_key_gradient.Tiling,
-    alignment: int = 1,
-) -> np.ndarray:
-    """Splits the rows that see each tile of keys into units of work.
-
-    Units of equal length begin at about the same rows in all tiles, and those with the
-    same rows come one after the other: then they run at the same time, and rows come
-    from the L2 cache.
-
-    Args:
-      visibility: Which keys a query sees, documents aside.
-      queries: T.
-      keys: M.
-      group: G.
-      kv_rows: B K.
-      tiling: Of the gradients of keys and values.
-      alignment: What the first rows of units are multiples of, a divisor of the rows of
-        a tile.
-
-    Returns:
-      int32 [U, 4], the longest units first: tile of keys, first row, one past the last,
-      and the unit's place in order of tiles. Every tile has at least one unit.
-    """
-    first_key = np.arange(0, keys, tiling.keys)
-    last_key = np.minimum(first_key + tiling.keys, keys) - 1
-    offset = visibility.length - queries
-    first = first_key * visibility.stride + visibility.kernel_size - 1 - offset
-    first = np.clip(first, 0, queries)
-    end = np.full_like(first, queries)
-    if visibility.window is not None:
-        end = last_key * visibility.stride + visibility.window - offset
-        end = np.clip(end, first, queries)
-    first, end = first * group // alignment * alignment, end * group
-    row_tiles = -(-(end - first) // tiling.rows)
-    unit = max(1, round(kv_rows * row_tiles.sum() / tiling.programs))  # in tiles
-    units = []
-    for tile, (begin, stop, length) in enumerate(
-        zip(first, end, row_tiles, strict=True)
-    ):
-        cuts = np.empty(0, int)
-        if length > 1.5 * unit:
-            # The first one has between half a unit and one and a half.
-            step = unit * tiling.rows
-            start = begin // step * step + begin % tiling.rows
-            cuts = np.arange(start, stop, step)
-            cuts = cuts[(cuts - begin >= step / 2) & (stop - cuts >= step / 2)]
-        bounds = np.concatenate([[begin], cuts, [stop]])
-        units.extend((tile, *x) for x in itertools.pairwise(bounds))
-    tile, begin, stop = np.array(units).T
-    units = np.stack([tile, begin, stop, np.arange(tile.size)], axis=1)
-    order = np.lexsort((tile, stop, begin - stop))
-    return units[order].astype(np.int32)
-
-
-def _add_units(gradients, units, tiling, key, value):
-    """The gradients of key and value, from those of units if these are more."""
-    tiles = triton.cdiv(key.shape[1], tiling.keys)
-    if len(units) == tiles:
-        return gradients
-    starts = np.searchsorted(np.sort(units[:, 0]), np.arange(tiles + 1))
-    like = zip(gradients, (key, value), strict=True)
-    return [_add_partials(x, starts, y) for x, y in like]
-
-
-def _add_partials(partials, starts, like):
-    """Adds each tile's units of partials [B K, U, keys, W] to an array like `like`."""
-    units, tile_keys, width = partials.shape[1:]
-    b, keys, kv_heads, _ = like.shape
-    [sums] = _triton.call(
-        kernels.add_units_kernel,
-        partials,
-        jnp.asarray(starts, jnp.int32),
-        keys,
-        units,
-        outputs=[jax.ShapeDtypeStruct(like.shape, like.dtype)],
-        grid=(triton.cdiv(tile_keys * width, SUM_STEP), len(starts) - 1, b * kv_heads),
-        num_warps=4,
-        KV_HEADS=kv_heads,
-        WIDTH=width,
-        KEYS=tile_keys,
-        STEP=SUM_STEP,
-        DEPTH=SUM_DEPTH,
-    )
-    return sums
 
 
 def pieces(width: int) -> tuple[int, int]:
@@ -412,6 +298,7 @@ class _Launch:
         self.itemsize = query.dtype.itemsize
         self.visibility = visibility
         self.scale = scale
+        self.pairs = visibility.pairs(self.queries, self.keys)
         self.packed = document_starts is not None
         if document_starts is None:
             document_starts = jnp.zeros((1, 1), jnp.int32)
@@ -467,7 +354,7 @@ class _Launch:
             rows, keys, stages = 32, 128, 2
         else:
             rows, keys, stages = 64, 128, 3
-        tiles = self._pairs() * self.group * self.kv_rows // (rows * keys)
+        tiles = self.pairs * self.group * self.kv_rows // (rows * keys)
         waves = min(max(tiles // (MIN_UNIT_TILES * MULTIPROCESSORS), 2), 8)
         return SplitTiling(
             rows=rows,
@@ -514,7 +401,9 @@ class _Launch:
             keys=self.keys,
             group=self.group,
             kv_rows=self.kv_rows,
-            tiling=tiling,
+            rows=tiling.rows,
+            tile_keys=tiling.keys,
+            programs=tiling.programs,
             alignment=alignment,
         )
 
@@ -575,7 +464,7 @@ class _Launch:
             grid=(programs * self.kv_rows, 1),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
-            flops=2 * self._pairs() * self.kv_rows * self.group * width,
+            flops=2 * self.pairs * self.kv_rows * self.group * width,
             KV_HEADS=self.kv_heads,
             GROUP=self.group,
             H=self.key_width,
@@ -591,13 +480,3 @@ class _Launch:
             KEYS=tiling.keys,
             **constants,
         )
-
-    def _pairs(self) -> int:
-        """Pairs of a query and a key it sees, documents aside."""
-        sight = self.visibility
-        position = np.arange(sight.length - self.queries, sight.length)
-        end = (position - sight.kernel_size + 1) // sight.stride + 1
-        first = np.zeros_like(position)
-        if sight.window is not None:
-            first = np.maximum((position - sight.window) // sight.stride + 1, 0)
-        return int(np.maximum(np.clip(end, 0, self.keys) - first, 0).sum())

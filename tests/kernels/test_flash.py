@@ -13,6 +13,7 @@ from jattn.ops.dense import dense_attention
 from jattn.pallas import _triton, tuning
 from jattn.pallas.flash import triton as kernel
 from jattn.pallas.flash import unsupported
+from jattn.pallas.flash.units import Visibility, split_rows
 from tests.support import (
     assert_equal_up_to_rounding,
     documents,
@@ -126,10 +127,15 @@ def test_units_cover_the_rows_that_see_a_tile_once(
 ):
     length, group = max(100, queries), 3
     keys = num_windows(length, kernel_size, stride)
-    tiling = kernel.SplitTiling(16, 32, 4, 1, programs)
-    sight = kernel.Visibility(kernel_size, stride, window, length)
-    units = kernel.split_rows(
-        sight, queries=queries, keys=keys, group=group, kv_rows=2, tiling=tiling
+    units = split_rows(
+        Visibility(kernel_size, stride, window, length),
+        queries=queries,
+        keys=keys,
+        group=group,
+        kv_rows=2,
+        rows=16,
+        tile_keys=32,
+        programs=programs,
     )
     key, position = np.arange(keys), np.arange(length - queries, length)[:, None]
     seen = key * stride + kernel_size - 1 <= position

@@ -19,6 +19,7 @@ from jattn.pallas.flash import (
     triton,
     unsupported_mosaic_backward,
 )
+from jattn.pallas.flash.units import Visibility, split_rows
 from tests.support import normal, relative_rms
 
 # Every ring goes through all of its slots; one thread block goes through all tiles of
@@ -63,7 +64,7 @@ def inputs(b=1, t=33, s=None, k=1, g=16, h=64, window=None, kernel_size=None, st
             length=s,
             **options,
         )
-    return arrays, operation, triton.Visibility(kernel_size or 1, stride, window, s)
+    return arrays, operation, Visibility(kernel_size or 1, stride, window, s)
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -150,13 +151,15 @@ def test_keys_nobody_sees_may_hold_anything(backward):
 @pytest.mark.parametrize("alignment", [1, 8])
 @pytest.mark.parametrize("programs", [1, 50])
 def test_units_begin_where_copies_may(alignment, programs):
-    units = triton.split_rows(
-        triton.Visibility(32, 16, 1000, 5000),
+    units = split_rows(
+        Visibility(32, 16, 1000, 5000),
         queries=4999,
         keys=num_windows(5000, 32, 16),
         group=3,
         kv_rows=1,
-        tiling=mosaic_key_gradient.Tiling(slots=2, programs=programs),
+        rows=64,
+        tile_keys=128,
+        programs=programs,
         alignment=alignment,
     )
     assert len(units) > 3 or programs == 1
@@ -176,7 +179,7 @@ def shape(*sizes, dtype=jnp.bfloat16):
 
 def full_size(query, key, value, *others, kernel_size=32, stride=16, window=None):
     """What the Mosaic kernels give, of units of work where tiles are split."""
-    sight = triton.Visibility(kernel_size, stride, window, query.shape[1])
+    sight = Visibility(kernel_size, stride, window, query.shape[1])
     launch = triton._Launch(query, value, None, sight, 0.1)
     sizes = launch.mosaic_sizes()
     per_row = mosaic_backward.statistics(*others, sizes)
