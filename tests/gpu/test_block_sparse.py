@@ -16,6 +16,7 @@ from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.moba import mixture_of_block_attention, moba_select_blocks
 from jattn.ops.nsa import native_sparse_attention, nsa_select_blocks
 from jattn.pallas.block_sparse import pairs
+from tests.gpu.gate import assert_passes_gate, calls_kernel
 from tests.support import documents, normal, relative_rms
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
@@ -86,18 +87,6 @@ def value_and_gradients(arrays, indices, cotangents, *, implementation, **option
     return out, lse, *pullback(cotangents)
 
 
-def assert_passes_gate(actual, plain, reference):
-    """Asserts small errors in lists of results, of which plain is the jnp form's."""
-    for i, expected in enumerate(reference):
-        error = relative_rms(actual[i], expected)
-        allowed = 2 * relative_rms(plain[i], expected)
-        # A gradient that is zero but for rounding has no relative error.
-        floor = 2e-6 if np.any(expected) else 0.0
-        print(f"result {i}: {error:.1e}, allowed {allowed:.1e}")
-        assert error <= max(allowed, floor), i
-        assert error <= 5e-3, i
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_numerical_gate(monkeypatch, name):
     case = dict(CASES[name])
@@ -116,11 +105,6 @@ def test_numerical_gate(monkeypatch, name):
     assert_passes_gate(actual, run(arrays, "xla"), reference)
     for x, y in zip(actual, run(arrays, "triton"), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def calls_kernel(function, *arguments):
-    """Whether a Triton kernel is in the program of function(*arguments)."""
-    return "triton_kernel_call" in str(jax.make_jaxpr(function)(*arguments))
 
 
 def test_automatic_choice_is_the_kernel():

@@ -16,6 +16,7 @@ from jattn.ops.dense import dense_attention
 from jattn.pallas import tuning
 from jattn.pallas.flash import mosaic
 from jattn.pallas.flash import triton as kernel
+from tests.gpu.gate import assert_passes_gate, calls_kernel
 from tests.support import documents, normal, relative_rms
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
@@ -108,24 +109,6 @@ def value_and_gradients(operation, arrays, cotangents, *, implementation):
     (out, lse), pullback = jax.vjp(attend, *arrays)
     cotangents = cotangents[0].astype(out.dtype), cotangents[1]
     return out, lse, *pullback(cotangents)
-
-
-def assert_passes_gate(actual, plain, reference):
-    """Asserts small errors in lists of results, of which plain is the jnp form's."""
-    for i, expected in enumerate(reference):
-        finite = np.isfinite(expected)
-        np.testing.assert_array_equal(actual[i][~finite], expected[~finite])
-        x, y, z = (
-            np.asarray(a, np.float32)[finite] for a in (actual[i], plain[i], expected)
-        )
-        if not np.any(z):
-            # A gradient that is zero but for rounding has no relative error.
-            assert np.max(np.abs(x), initial=0) <= 2 * np.max(np.abs(y), initial=0), i
-            continue
-        error, allowed = relative_rms(x, z), 2 * relative_rms(y, z)
-        print(f"result {i}: {error:.1e}, allowed {allowed:.1e}")
-        assert error <= max(allowed, 2e-6), i
-        assert error <= 5e-3, i
 
 
 def assert_case_passes_gate(case):
@@ -250,11 +233,6 @@ def test_memory_nobody_sees_may_hold_anything(case, hidden):
         np.testing.assert_array_equal(x, y)
     for gradient in plain[3:]:
         assert not np.any(gradient[:, :hidden])
-
-
-def calls_kernel(function, *arguments):
-    """Whether a Triton kernel is in the program of function(*arguments)."""
-    return "triton_kernel_call" in str(jax.make_jaxpr(function)(*arguments))
 
 
 @pytest.mark.parametrize("case", [dict(t=257), dict(t=257, **NSA)])

@@ -13,15 +13,9 @@ import pytest
 
 from jattn.pallas import tuning
 from jattn.pallas.flash import mosaic_key_gradient, mosaic_query_gradient
-from tests.gpu.test_flash import (
-    CASES as ALL_CASES,
-)
-from tests.gpu.test_flash import (
-    NSA,
-    assert_passes_gate,
-    inputs,
-    value_and_gradients,
-)
+from tests.gpu.gate import assert_passes_gate
+from tests.gpu.test_flash import CASES as ALL_CASES
+from tests.gpu.test_flash import NSA, inputs, value_and_gradients
 
 # What has one document, and heads of 128 or 64.
 CASES = {

@@ -21,6 +21,7 @@ from jattn.ops.compressed import (
 )
 from jattn.ops.moba import moba_select_blocks
 from jattn.pallas.selection import triton as kernel
+from tests.gpu.gate import calls_kernel
 from tests.support import documents, normal, temporary_bytes
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
@@ -241,11 +242,6 @@ def test_ties_go_to_the_lower_index():
             sign * query, key, block_size=64, top_k=4, implementation="triton"
         )
         np.testing.assert_array_equal(blocks[0, -1, 0], [0, 1, 2, 78])
-
-
-def calls_kernel(function, *arguments):
-    """Whether a Triton kernel is in the program of function(*arguments)."""
-    return "triton_kernel_call" in str(jax.make_jaxpr(function)(*arguments))
 
 
 def test_automatic_choice_is_the_kernel():

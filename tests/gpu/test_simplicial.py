@@ -15,6 +15,7 @@ import jattn
 from jattn.nn import TwoSimplicialAttention
 from jattn.ops.simplicial import two_simplicial_attention
 from jattn.pallas.simplicial import backward as gradients
+from tests.gpu.gate import assert_passes_gate, calls_kernel
 from tests.support import documents, normal, relative_rms
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
@@ -90,18 +91,6 @@ def value_and_gradients(arrays, segment_ids, cotangents, *, implementation, **op
     return out, lse, *pullback(cotangents)
 
 
-def assert_passes_gate(actual, plain, reference):
-    """Asserts small errors in lists of results, of which plain is the jnp form's."""
-    for i, expected in enumerate(reference):
-        error = relative_rms(actual[i], expected)
-        allowed = 2 * relative_rms(plain[i], expected)
-        # A gradient that is zero but for rounding has no relative error.
-        floor = 2e-6 if np.any(expected) else 0.0
-        print(f"result {i}: {error:.1e}, allowed {allowed:.1e}")
-        assert error <= max(allowed, floor), i
-        assert error <= 5e-3, i
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_numerical_gate(monkeypatch, name):
     case = dict(CASES[name])
@@ -120,11 +109,6 @@ def test_numerical_gate(monkeypatch, name):
     assert_passes_gate(actual, run(arrays, "xla"), reference)
     for x, y in zip(actual, run(arrays, "triton"), strict=True):
         np.testing.assert_array_equal(x, y)
-
-
-def calls_kernel(function, *arguments):
-    """Whether a Triton kernel is in the program of function(*arguments)."""
-    return "triton_kernel_call" in str(jax.make_jaxpr(function)(*arguments))
 
 
 @pytest.mark.parametrize(("g", "implementation"), [(64, "pallas"), (4, "triton")])

@@ -14,11 +14,8 @@ import pytest
 from jattn.ops.simplicial import two_simplicial_attention
 from jattn.pallas import tuning
 from jattn.pallas.simplicial import mosaic as kernel
-from tests.gpu.test_simplicial import (
-    assert_passes_gate,
-    inputs,
-    value_and_gradients,
-)
+from tests.gpu.gate import assert_passes_gate
+from tests.gpu.test_simplicial import inputs, value_and_gradients
 from tests.support import normal, relative_rms
 
 # What makes the number of tiles of heads larger than that of multiprocessors, and what
