@@ -1,11 +1,10 @@
 """How small Selective Attention's cache gets at a dense model's validation loss.
 
-python -m benchmarks.selective_memory --context 512 --out FILE
+python -m benchmarks.selective_memory --context 512 --out FILE --text FOLDER
 
-trains a dense and a selective model of one size on the source of Python's standard
-library, the selective one with the memory loss, and prunes it down to the validation
-loss of the dense one. Everything is what these commands do, with the options of
-`recipe`:
+trains a dense and a selective model of one size on a text, the selective one with the
+memory loss, and prunes it down to the validation loss of the dense one. Everything is
+what these commands do, with the options of `recipe`:
 
 jattn train --model.scheme dense --out runs/dense
 jattn train --model.scheme selective --out runs/selective
@@ -48,7 +47,9 @@ from jattn.train.prune import PruneConfig, prune
 _ALL = 10**6
 
 
-def recipe(context: int, seed: int = 0) -> TrainConfig:
+def recipe(
+    context: int, *, text: tuple[str, ...] = (), steps: int = 1000, seed: int = 0
+) -> TrainConfig:
     """The runs' configuration but for the scheme and the folder.
 
     Layers, heads and width are of the paper's family, in which a model of d layers has
@@ -57,16 +58,21 @@ def recipe(context: int, seed: int = 0) -> TrainConfig:
 
     Args:
       context: Tokens of a row; a batch has 65536.
+      text: Files and folders; the source of Python's standard library if there are
+        none.
+      steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
     """
     return TrainConfig(
         model=ModelConfig(num_layers=6, features=384, num_heads=6),
-        data=DataConfig(context_length=context, batch_size=2**16 // context),
+        data=DataConfig(
+            paths=text, context_length=context, batch_size=2**16 // context
+        ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
-        steps=1000,
+        steps=steps,
         seed=seed,
         dtype="bfloat16",
-        memory_loss_weight=0.02,
+        memory_loss_weight=0.01,
         log_every=20,
         eval_every=100,
         eval_batches=4,
@@ -202,6 +208,8 @@ def main(
     *,
     out: pathlib.Path,
     context: int,
+    text: tuple[str, ...] = (),
+    steps: int = 1000,
     seed: int = 0,
     folder: pathlib.Path = pathlib.Path("runs/selective_memory"),
     seconds: float = math.inf,
@@ -211,6 +219,9 @@ def main(
     Args:
       out: JSON file; what it says of other contexts and seeds stays.
       context: Tokens of a row.
+      text: Files and folders; the source of Python's standard library if there are
+        none.
+      steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
       folder: Of the runs, which go on where they were if they were interrupted.
       seconds: A search that is not over by then ends.
@@ -219,7 +230,7 @@ def main(
       Exit code.
     """
     found = measure(
-        recipe(context, seed),
+        recipe(context, text=text, steps=steps, seed=seed),
         folder / f"{context}_{seed}",
         deadline=time.perf_counter() + seconds,
     )

@@ -19,7 +19,7 @@ def experiment(tmp_path, compiled_programs, monkeypatch):
 
     def run(seed):
         changed = dataclasses.replace(config, seed=seed)
-        monkeypatch.setattr(selective_memory, "recipe", lambda *_: changed)
+        monkeypatch.setattr(selective_memory, "recipe", lambda *_, **__: changed)
         folder = tmp_path / "runs"
         assert not selective_memory.main(out=out, context=32, seed=seed, folder=folder)
         return json.loads(out.read_text())["results"]
