@@ -15,7 +15,8 @@ import jattn
 from benchmarks.dense import attention_flops, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.pallas.block_sparse.triton import RowTiling, Tiling
+from jattn.pallas.block_sparse import mosaic
+from jattn.pallas.block_sparse.launch import RowTiling, Tiling
 
 SCHEMES = {
     "moba 16/16": dict(heads=16, kv_heads=16, block_size=128, num_blocks=8),
@@ -50,6 +51,26 @@ TUNING = {
             RowTiling(rows=64, warps=8, stages=1),
             RowTiling(rows=64, warps=8, stages=1, registers=80),
             RowTiling(rows=64, warps=8, stages=2),
+        ],
+        case="jattn",
+        direction="forward",
+    ),
+    "block_sparse_forward_mosaic": Tuning(
+        [
+            mosaic.Tiling(consumers=2, slots=3, programs=132),
+            mosaic.Tiling(consumers=2, slots=2, programs=132),
+            mosaic.Tiling(consumers=3, slots=2, programs=264),
+        ],
+        case="jattn",
+        direction="forward",
+    ),
+    "block_sparse_merge": Tuning(
+        [
+            RowTiling(rows=16, warps=1, stages=1),
+            RowTiling(rows=16, warps=1, stages=4),
+            RowTiling(rows=16, warps=2, stages=4),
+            RowTiling(rows=32, warps=2, stages=2),
+            RowTiling(rows=64, warps=4, stages=2),
         ],
         case="jattn",
         direction="forward",

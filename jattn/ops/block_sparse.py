@@ -62,13 +62,16 @@ def block_sparse_attention(
       ValueError: Shapes or dtypes do not fit, or block_size is not positive.
       NotImplementedError: The requested implementation does not support the call.
     """
-    sizes = _common.check_attention(query, key, value, segment_ids)
-    _common.check_positive(block_size=block_size)
-    _check_block_indices(block_indices, sizes)
-    scale = _common.default_scale(scale, sizes["H"])
-    reason = unsupported(query, key, value, block_indices, block_size, scale)
-    chosen = _common.choose_implementation(
-        "block_sparse_attention", implementation, [("triton", reason)]
+    scale = _common.default_scale(scale, query.shape[-1])
+    chosen = choose_block_sparse(
+        query,
+        key,
+        value,
+        block_indices,
+        segment_ids,
+        block_size=block_size,
+        scale=scale,
+        implementation=implementation,
     )
     if chosen == "triton":
         # Triton is an optional dependency.
@@ -78,7 +81,7 @@ def block_sparse_attention(
             query, key, value, block_indices, segment_ids, block_size, scale
         )
         return results if return_lse else results[0]
-    b, t, s = (sizes[letter] for letter in "BTS")
+    b, t, s = *query.shape[:2], key.shape[1]
     out, lse = attend_block_positions(
         query,
         key,
@@ -91,6 +94,42 @@ def block_sparse_attention(
         key_segment_ids=segment_ids,
     )
     return (out, lse) if return_lse else out
+
+
+def choose_block_sparse(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    block_indices: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    block_size: int,
+    scale: float,
+    implementation: _common.Implementation | None,
+) -> str:
+    """The implementation of a call of `block_sparse_attention`: "xla" or "triton".
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      block_indices: int [B, T, K, n] or [B, T, N, n].
+      segment_ids: int [B, S], or None.
+      block_size: Keys in a block.
+      scale: Factor of the logits.
+      implementation: What was asked for.
+
+    Raises:
+      ValueError: As `block_sparse_attention` does.
+      NotImplementedError: As `block_sparse_attention` does.
+    """
+    sizes = _common.check_attention(query, key, value, segment_ids)
+    _common.check_positive(block_size=block_size)
+    _check_block_indices(block_indices, sizes)
+    reason = unsupported(query, key, value, block_indices, block_size, scale)
+    return _common.choose_implementation(
+        "block_sparse_attention", implementation, [("triton", reason)]
+    )
 
 
 def attend_block_positions(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
-from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.block_sparse import block_sparse_attention, choose_block_sparse
 from jattn.ops.compressed import (
     check_compressed,
     check_windows,
@@ -184,6 +184,9 @@ def native_sparse_attention(
     from_compressed = compressed_attention(
         query, *compressed, return_lse=True, **windows, **shared
     )
+    in_window = dense_attention(
+        query, *window, window=window_size, return_lse=True, **shared
+    )
     # Where there are no more blocks than a query reads, it reads all that it may see.
     every_block = block_indices is None and num_blocks * block_size >= sizes["S"]
     if every_block:
@@ -192,7 +195,9 @@ def native_sparse_attention(
             (sizes["K"], num_blocks),
             block_size,
         )
-        from_selected = dense_attention(query, *selected, return_lse=True, **shared)
+        attended, lse = dense_attention(query, *selected, return_lse=True, **shared)
+        outputs = from_compressed[0], attended, in_window[0]
+        total = gated_sum(outputs, gates)
     else:
         if block_indices is None:
             block_indices = select_blocks_by_lse(
@@ -206,25 +211,82 @@ def native_sparse_attention(
                 **windows,
                 **shared,
             )
-        from_selected = block_sparse_attention(
+        total, lse = _add_selected(
             query,
             *selected,
             block_indices,
+            (from_compressed[0], in_window[0]),
+            gates,
             block_size=block_size,
-            return_lse=True,
             **shared,
         )
-    in_window = dense_attention(
-        query, *window, window=window_size, return_lse=True, **shared
-    )
-    branches = from_compressed, from_selected, in_window
-    outputs, lse = zip(*branches, strict=True)
-    result = [gated_sum(outputs, gates)]
+    result = [total]
     if return_lse:
-        result.append(jnp.stack(lse, axis=-1))
+        result.append(jnp.stack([from_compressed[1], lse, in_window[1]], axis=-1))
     if return_block_indices:
         result.append(block_indices)
     return tuple(result) if len(result) > 1 else result[0]
+
+
+def _add_selected(
+    query,
+    key,
+    value,
+    block_indices,
+    others,
+    gates,
+    *,
+    block_size,
+    scale,
+    segment_ids,
+    implementation,
+):
+    """The gated sum of attention to blocks and of the first and last of three branches.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      block_indices: int [B, T, K or N, n].
+      others: Outputs [B, T, N, V] of the other branches.
+      gates: [B, T, N, 3].
+      block_size: Tokens in a block.
+      scale: Factor of the logits, or None.
+      segment_ids: int [B, S], or None.
+      implementation: What was asked for.
+
+    Returns:
+      The sum [B, T, N, V], and the log-sum-exp [B, T, N] of attention to blocks.
+    """
+    arrays = query, key, value, block_indices
+    before, after = others
+    scale = _common.default_scale(scale, query.shape[-1])
+    chosen = choose_block_sparse(
+        *arrays,
+        segment_ids,
+        block_size=block_size,
+        scale=scale,
+        implementation=implementation,
+    )
+    alike = before.dtype == value.dtype == after.dtype and gates.dtype.itemsize <= 4
+    if chosen == "triton" and alike:
+        # Triton is an optional dependency.
+        from jattn.pallas.block_sparse import triton as kernel
+
+        addends = kernel.Addends(before, after, gates)
+        results: Any = kernel.attend_and_add(
+            *arrays, segment_ids, addends, block_size, scale
+        )
+        return results
+    attended, lse = block_sparse_attention(
+        *arrays,
+        block_size=block_size,
+        scale=scale,
+        segment_ids=segment_ids,
+        implementation=implementation,
+        return_lse=True,
+    )
+    return gated_sum((before, attended, after), gates), lse
 
 
 def gated_sum(outputs: tuple[jax.Array, ...], gates: jax.Array) -> jax.Array:

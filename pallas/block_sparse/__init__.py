@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jattn.pallas import _triton
+from jattn.pallas import _mosaic, _triton
 from jattn.pallas.block_sparse.pairs import kernel_block, portions
 
 MAX_WIDTH = 256
@@ -56,4 +56,41 @@ def unsupported(
     pairs = b * tokens * block_indices.shape[2] * slots
     if max(pairs, rows.chunks * b * k * (blocks + 1)) >= 2**31:
         return "it numbers pairs of a query and a block in 32 bits"
+    return None
+
+
+def unsupported_mosaic(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    block_indices: jax.Array,
+    block_size: int,
+    packed: bool,
+) -> str | None:
+    """Why Mosaic's kernel does not make the partial outputs of a call, or None.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H].
+      value: [B, S, K, V].
+      block_indices: int [B, T, K, n] or [B, T, N, n].
+      block_size: Keys in a block.
+      packed: Whether there are documents.
+    """
+    if (reason := _mosaic.unavailable()) is not None:
+        return reason
+    if packed:
+        return "documents are not supported"
+    if query.dtype.itemsize > 2:
+        return f"arrays must be bf16 or fp16, not {query.dtype}"
+    width, group = query.shape[-1], query.shape[2] // block_indices.shape[2]
+    if (width, value.shape[-1]) != (128, 128):
+        return f"heads must be 128 wide, not {width} and {value.shape[-1]}"
+    if group != 16:
+        # Of smaller groups it would make many small copies.
+        return f"16 query heads must share a list, not {group}"
+    if block_size % 64:
+        return f"block_size must be a multiple of 64, not {block_size}"
+    if (keys := block_indices.shape[-1] * block_size) > 8192:
+        return f"a list may be of at most 8192 keys, not {keys}"
     return None

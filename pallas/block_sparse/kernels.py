@@ -1,4 +1,4 @@
-"""The kernels of attention to chosen blocks; what launches them is in `triton.py`."""
+"""The kernels of attention to chosen blocks forward; `triton.py` launches them."""
 
 import triton
 import triton.language as tl
@@ -44,6 +44,7 @@ def plan_kernel(
 
     With SHARE, the last block, the one before and the first go to shared_ptr where all
     the queries of a tile have them, after their number, and are left out of blocks_ptr.
+    Those that are left come first in their list, in order.
     """
     ENTRIES: tl.constexpr = SLOTS // SPLIT
     tile = tl.program_id(0) // LISTS
@@ -86,7 +87,12 @@ def plan_kernel(
     chunk = tile * TOKENS // length
     row = (kv_row // PORTION * chunks + chunk) * PORTION + kv_row % PORTION
     row = (row.to(tl.int64) * length + token - chunk * length) * LISTS + member
-    tl.store(blocks_ptr + row[:, None] * SLOTS + slot, block, mask=slot < SLOTS)
+    used = ((block < count) & (slot < SLOTS)).to(tl.int32)
+    before = tl.cumsum(used, axis=1)
+    # Of those that are not used, as many as there are slots before and not used ones.
+    last = tl.sum(used, axis=1, keep_dims=True) + slot - before
+    place = tl.where(used != 0, before - 1, last)
+    tl.store(blocks_ptr + row[:, None] * SLOTS + place, block, mask=slot < SLOTS)
 
 
 @triton.jit
@@ -358,194 +364,43 @@ def combine_kernel(
 
 
 @triton.jit
-def backward_kernel(
-    query_ptr,  # [B, T, N, H]
-    key_ptr,  # [B, S, K, H]
-    value_ptr,  # [B, S, K, V]
-    out_gradient_ptr,  # [B, T, N, V]
-    lse_ptr,  # [B, T, N], in base 2, +inf where nothing is seen
-    delta_ptr,  # [B, T, N]
-    segment_ptr,  # [B, S] if PACKED
-    pairs_ptr,  # [D, C, M, P]
-    unit_blocks_ptr,  # [D, C, M, U]
-    unit_firsts_ptr,  # [D, C, M, U]
-    unit_lasts_ptr,  # [D, C, M, U]
+def merge_kernel(
+    before_ptr,  # [B, T, N, V] if ADD
+    after_ptr,  # [B, T, N, V] if ADD and KEEP, or else they are in out_ptr
+    gates_ptr,  # [B, T, N, 3] if ADD
+    blocks_ptr,  # [D, C, M, L, R, n]
+    shared_ptr,  # [B K, C L / SHARED, R, 4]
     step_ptr,  # [1]
-    scale_log2,
     queries,
     keys,
     length,
     chunks,
-    pairs,
-    units,
-    partial_query_ptr,  # [L, M, R, n, G, H]
-    partial_key_ptr,  # [M, U, BLOCK, H], without the factor scale
-    partial_value_ptr,  # [M, U, BLOCK, V]
+    partial_out_ptr,  # [L, M, R, 1 + n, G, V]
+    partial_lse_ptr,  # [L, M, R, 1 + n, G], in base 2
+    out_ptr,  # [B, T, N, V]
+    lse_ptr,  # [B, T, N]
+    attended_ptr,  # [B, T, N, V] if KEEP
     KV_HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
+    SLOTS_PAD: tl.constexpr,
     GROUP: tl.constexpr,
-    H: tl.constexpr,
     V: tl.constexpr,
-    H_PAD: tl.constexpr,
     V_PAD: tl.constexpr,
     BLOCK: tl.constexpr,
-    ROWS: tl.constexpr,
-    PACKED: tl.constexpr,
-):
-    """One unit: what its block gives the gradients of its queries, and they to it."""
-    kv_row = tl.program_id(1)  # of the portion
-    row, batch, kv_head, first_token = _step_place(
-        step_ptr, kv_row, length, chunks, KV_HEADS
-    )
-    unit = row.to(tl.int64) * units + tl.program_id(0)
-    block = tl.load(unit_blocks_ptr + unit)
-    if block < 0:
-        return
-    first = tl.load(unit_firsts_ptr + unit)
-    last = tl.load(unit_lasts_ptr + unit)
-    # Queries of the chunk, so that offsets from here on fit 32 bits.
-    first_row = (batch * queries + first_token).to(tl.int64) * KV_HEADS * LISTS * GROUP
-    query_ptr += first_row * H
-    out_gradient_ptr += first_row * V
-    lse_ptr += first_row
-    delta_ptr += first_row
-    slot = tl.arange(0, BLOCK)
-    position = block * BLOCK + slot
-    exists = position < keys
-    key_row = (batch * keys + position).to(tl.int64) * KV_HEADS + kv_head
-    key = _load_rows(key_ptr, key_row, exists, H, H_PAD)  # [BLOCK, H]
-    value = _load_rows(value_ptr, key_row, exists, V, V_PAD)  # [BLOCK, V]
-    segment_ptr += batch.to(tl.int64) * keys
-    if PACKED:
-        key_segment = tl.load(segment_ptr + position, mask=exists, other=0)
-    pairs_ptr += row.to(tl.int64) * pairs
-    first_query = tl.load(pairs_ptr + first) // (LISTS * SLOTS) + first_token
-    masked = PACKED or first_query + keys - queries < block * BLOCK + BLOCK - 1
-    key_gradient = tl.zeros([BLOCK, H_PAD], tl.float32)
-    value_gradient = tl.zeros([BLOCK, V_PAD], tl.float32)
-
-    for start in range(first, last, ROWS // GROUP):
-        live, pair = _load_pairs(pairs_ptr, start, last, GROUP, ROWS)
-        token, source, target = _pair_rows(
-            pair, kv_row, kv_head, KV_HEADS, LISTS, SLOTS, GROUP, ROWS
-        )
-        query = _load_rows(query_ptr, source, live, H, H_PAD)  # [ROWS, H]
-        out_gradient = _load_rows(out_gradient_ptr, source, live, V, V_PAD)
-        lse = tl.load(lse_ptr + source, mask=live, other=float("inf"))
-        delta = tl.load(delta_ptr + source, mask=live, other=0.0)
-        # Transposed: weights and gradient then enter the products for key and value
-        # from registers.
-        logits = tl.dot(key, tl.trans(query), input_precision="tf32x3")
-        if masked:
-            query_position = first_token + token + keys - queries
-            seen = exists[:, None] & (position[:, None] <= query_position[None, :])
-            if PACKED:
-                segment = tl.load(segment_ptr + query_position, mask=live, other=0)
-                seen &= key_segment[:, None] == segment[None, :]
-            logits = tl.where(seen, logits, -float("inf"))  # [BLOCK, ROWS]
-        weights = tl.exp2(logits * scale_log2 - lse[None, :])
-        value_gradient = tl.dot(
-            weights.to(value.dtype),
-            out_gradient,
-            value_gradient,
-            input_precision="tf32x3",
-        )
-        gradient = tl.dot(value, tl.trans(out_gradient), input_precision="tf32x3")
-        gradient = (weights * (gradient - delta[None, :])).to(query.dtype)  # of logits
-        key_gradient = tl.dot(gradient, query, key_gradient, input_precision="tf32x3")
-        query_gradient = tl.dot(tl.trans(gradient), key, input_precision="tf32x3")
-        query_gradient *= scale_log2 * LOG_2
-        _store_rows(partial_query_ptr, target, live, query_gradient, H, H_PAD)
-
-    unit_row = (kv_row * units + tl.program_id(0)).to(tl.int64) * BLOCK + slot
-    everywhere = slot >= 0
-    _store_rows(partial_key_ptr, unit_row, everywhere, key_gradient, H, H_PAD)
-    _store_rows(partial_value_ptr, unit_row, everywhere, value_gradient, V, V_PAD)
-
-
-@triton.jit
-def add_units_kernel(
-    unit_starts_ptr,  # [D, C, M, blocks + 1]
-    step_ptr,  # [1]
-    length,
-    chunks,
-    units,
-    partial_key_ptr,  # [M, U, KEY_SIZE]
-    partial_value_ptr,  # [M, U, VALUE_SIZE]
-    key_sums_ptr,  # [B K, blocks, KEY_SIZE]
-    value_sums_ptr,  # [B K, blocks, VALUE_SIZE]
-    KV_HEADS: tl.constexpr,
-    KEY_SIZE: tl.constexpr,
-    VALUE_SIZE: tl.constexpr,
-    STEP: tl.constexpr,
-):
-    """Adds what a block's units give its gradients to what earlier steps did."""
-    block = tl.program_id(0)
-    blocks = tl.num_programs(0)
-    kv_row = tl.program_id(1)
-    row, batch, kv_head, _ = _step_place(step_ptr, kv_row, length, chunks, KV_HEADS)
-    unit_starts_ptr += row * (blocks + 1) + block
-    first = tl.load(unit_starts_ptr)
-    last = tl.load(unit_starts_ptr + 1)
-    if first >= last:
-        return
-    sum_row = ((batch * KV_HEADS + kv_head) * blocks + block).to(tl.int64)
-    unit_row = (kv_row * units).to(tl.int64)
-    _add_range(
-        key_sums_ptr + sum_row * KEY_SIZE,
-        partial_key_ptr + unit_row * KEY_SIZE,
-        first,
-        last,
-        KEY_SIZE,
-        STEP,
-    )
-    _add_range(
-        value_sums_ptr + sum_row * VALUE_SIZE,
-        partial_value_ptr + unit_row * VALUE_SIZE,
-        first,
-        last,
-        VALUE_SIZE,
-        STEP,
-    )
-
-
-@triton.jit
-def _add_range(
-    sums_ptr, partials_ptr, first, last, SIZE: tl.constexpr, STEP: tl.constexpr
-):
-    """Adds partials [first:last, SIZE] to sums [SIZE]: this program's STEP of them."""
-    element = tl.program_id(2) * STEP + tl.arange(0, STEP)
-    inside = element < SIZE
-    total = tl.load(sums_ptr + element, mask=inside)
-    partials_ptr += first.to(tl.int64) * SIZE + element
-    for _ in range(first, last):
-        total += tl.load(partials_ptr, mask=inside)
-        partials_ptr += SIZE
-    tl.store(sums_ptr + element, total, mask=inside)
-
-
-@triton.jit
-def add_queries_kernel(
-    blocks_ptr,  # [D, C, M, L, R, n]
-    step_ptr,  # [1]
-    queries,
-    keys,
-    length,
-    chunks,
-    partial_query_ptr,  # [L, M, R, n, G, H]
-    query_gradient_ptr,  # [B, T, N, H]
-    KV_HEADS: tl.constexpr,
-    LISTS: tl.constexpr,
-    SLOTS: tl.constexpr,
-    GROUP: tl.constexpr,
-    H: tl.constexpr,
-    H_PAD: tl.constexpr,
-    BLOCK: tl.constexpr,
+    SHARED: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
+    AHEAD: tl.constexpr,
+    ADD: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Adds what the blocks of some queries give to their gradient."""
+    """Adds up the partial results of a tile of queries, AHEAD of them at a time.
+
+    The first one is of the blocks that the query shares with its neighbours. With ADD,
+    the output is a sum of three with gates, of which this is the second. With KEEP, it
+    goes to attended_ptr by itself as well.
+    """
     kv_row = tl.program_id(1)  # of the portion
     member = tl.program_id(0) % LISTS
     step_row, batch, kv_head, first_token = _step_place(
@@ -558,23 +413,63 @@ def add_queries_kernel(
     row = tl.arange(0, ROWS)
     token = row // GROUP  # of the tile
     live = (row < TOKENS * GROUP) & (first_token + token < queries)
-    blocks = tl.cdiv(keys, BLOCK)
     list_row = (step_row.to(tl.int64) * length + tile_token + token) * LISTS + member
-    blocks_ptr += list_row * SLOTS
+    slot = tl.arange(0, SLOTS_PAD)[None, :]
+    block = tl.load(
+        blocks_ptr + list_row[:, None] * SLOTS + slot - 1,
+        mask=live[:, None] & (slot > 0) & (slot <= SLOTS),
+        other=2**30,
+    )
+    groups = chunks * length // SHARED
+    shared_row = (batch * KV_HEADS + kv_head) * groups + first_token // SHARED
+    shared = tl.load(shared_ptr + (shared_row * LISTS + member) * 4)
+    # The first partial result is of blocks that are shared, if there are any.
+    begin = tl.where(shared > 0, 0, 1)
+    written = (block < tl.cdiv(keys, BLOCK)) | (slot == 0)
+    written &= live[:, None] & (slot >= begin)
+    # One past the last one.
+    count = tl.max(tl.where(written, slot + 1, 0), axis=1)
     first_target = (tile_token * tl.num_programs(1) + kv_row) * LISTS + member
-    partial_query_ptr += first_target.to(tl.int64) * (SLOTS * GROUP * H)
-    target = token * (tl.num_programs(1) * LISTS * SLOTS * GROUP) + row % GROUP
-    gradient = tl.zeros([ROWS, H_PAD], tl.float32)
-    block = tl.load(blocks_ptr, mask=live, other=blocks)
-    for slot in range(SLOTS):
-        partial = block < blocks
-        # The next one arrives while this one's partial result does.
-        more = live & (slot + 1 < SLOTS)
-        block = tl.load(blocks_ptr + slot + 1, mask=more, other=blocks)
-        place = target + slot * GROUP
-        gradient += _load_rows(partial_query_ptr, place, partial, H, H_PAD)
-    first_row = (batch * queries + first_token).to(tl.int64)
-    query_gradient_ptr += first_row * (KV_HEADS * LISTS * GROUP * H)
+    first_target = first_target.to(tl.int64) * ((1 + SLOTS) * GROUP)
+    partial_out_ptr += first_target * V
+    target = token * (tl.num_programs(1) * LISTS * (1 + SLOTS) * GROUP) + row % GROUP
+    lse_ptrs = partial_lse_ptr + first_target + target
+    lse = tl.load(lse_ptrs[:, None] + slot * GROUP, mask=written, other=-float("inf"))
+    peak = tl.max(lse, axis=1)
+    finite_peak = tl.where(peak == -float("inf"), 0.0, peak)
+    total = tl.sum(tl.exp2(lse - finite_peak[:, None]), axis=1)
+    scale = 1.0 / tl.where(total == 0.0, 1.0, total)
+    out = tl.zeros([ROWS, V_PAD], tl.float32)
+    last = tl.max(count, axis=0)
+    for start in range(0, last, AHEAD):  # pyright: ignore
+        for i in tl.static_range(AHEAD):  # pyright: ignore[reportGeneralTypeIssues]
+            place = start + i + tl.zeros([ROWS], tl.int32)
+            here = (place >= begin) & (place < count)
+            place *= GROUP
+            partial_out = _load_rows(partial_out_ptr, target + place, here, V, V_PAD)
+            lse_here = tl.load(lse_ptrs + place, mask=here, other=-float("inf"))
+            weight = tl.exp2(lse_here - finite_peak) * scale
+            out += partial_out.to(tl.float32) * weight[:, None]
+
     head = (kv_head * LISTS + member) * GROUP + row % GROUP
+    first_row = (batch * queries + first_token).to(tl.int64)
+    first_row *= KV_HEADS * LISTS * GROUP
     source = token * (KV_HEADS * LISTS * GROUP) + head
-    _store_rows(query_gradient_ptr, source, live, gradient, H, H_PAD)
+    # log2(0) = -inf where nothing is seen; times log(2) for the natural logarithm.
+    lse_out = (peak + tl.log2(total)) * LOG_2
+    tl.store(lse_ptr + first_row + source, lse_out, mask=live)
+    if KEEP:
+        _store_rows(attended_ptr + first_row * V, source, live, out, V, V_PAD)
+    out_ptr += first_row * V
+    if ADD:
+        gates_ptr += (first_row + source) * 3
+        before = _load_rows(before_ptr + first_row * V, source, live, V, V_PAD)
+        after_ptr = after_ptr + first_row * V if KEEP else out_ptr
+        after = _load_rows(after_ptr, source, live, V, V_PAD)
+        gate = tl.load(gates_ptr + 1, mask=live, other=0.0).to(tl.float32)
+        out *= gate[:, None]
+        gate = tl.load(gates_ptr, mask=live, other=0.0).to(tl.float32)
+        out += before.to(tl.float32) * gate[:, None]
+        gate = tl.load(gates_ptr + 2, mask=live, other=0.0).to(tl.float32)
+        out += after.to(tl.float32) * gate[:, None]
+    _store_rows(out_ptr, source, live, out, V, V_PAD)

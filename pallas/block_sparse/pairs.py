@@ -146,3 +146,39 @@ def split_units(starts: jax.Array, pairs: int, length: int) -> Units:
         lasts=jnp.minimum(first + length, of_block(starts[..., 1:])),
         starts=unit_starts,
     )
+
+
+def split_tiles(
+    starts: jax.Array, length: int, programs: int
+) -> tuple[jax.Array, jax.Array]:
+    """Splits every block's pairs into tiles, and shares these out to programs.
+
+    Args:
+      starts: int32 [D, C, M, blocks + 1], where each block's pairs start.
+      length: Pairs in a tile, at most.
+      programs: Of each chunk and kv head. One's tiles are adjacent.
+
+    Returns:
+      Where each block's tiles start, int32 [D, C, M, blocks + 1], and of each program
+      the first tile, one past the last, the first block and one past the last, int32
+      [D, C, M, programs, 4].
+    """
+    counts = -(-(starts[..., 1:] - starts[..., :-1]) // length)
+    tile_starts = jnp.pad(jnp.cumsum(counts, axis=-1), [(0, 0)] * 3 + [(1, 0)])
+    total = tile_starts[..., -1:]
+    program = jnp.arange(programs + 1, dtype=jnp.int32)
+    bounds = total // programs * program + jnp.minimum(total % programs, program)
+    first, last = bounds[..., :-1], bounds[..., 1:]
+
+    @jax.vmap
+    @jax.vmap
+    @jax.vmap
+    def block_of_tile(starts, tile):
+        place = jnp.searchsorted(starts, tile, side="right", method="scan_unrolled")
+        return place.astype(jnp.int32) - 1
+
+    first_block = block_of_tile(tile_starts, first)
+    last_block = jnp.where(
+        first < last, block_of_tile(tile_starts, last - 1) + 1, first_block
+    )
+    return tile_starts, jnp.stack([first, last, first_block, last_block], axis=-1)

@@ -1,4 +1,4 @@
-"""Attention to chosen blocks of keys in Triton, organised by block of keys.
+"""Attention to chosen blocks of keys, organised by block of keys.
 
 A query with a list of n blocks makes n pairs (query, block). Pairs are sorted by block,
 so that one program loads a block once and meets the queries that chose it: a matrix
@@ -8,8 +8,9 @@ units of work into which a block chosen by many queries is split. Nothing is add
 atomically: same input, same bits.
 
 Neighbouring queries often share their own block, the one before and the first. Where a
-whole tile of them does, forward attends to these while it adds up the partial results,
-and they make no pairs.
+whole tile of them does, forward attends to these at once, and they make no pairs: in
+Triton while it adds up the partial results, in Mosaic, which makes the partial outputs
+of larger groups, for one more of these.
 
 The B K kv heads go through in portions, and the queries in chunks if one kv head is too
 much, so that partial results take bounded memory.
@@ -20,129 +21,48 @@ D portions of M kv heads (of any batch row), C chunks of L queries, P = L R n pa
 chunk and kv head, U units of work.
 """
 
-import dataclasses
 import functools
 import math
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _softmax, _steps, _triton, tuning
-from jattn.pallas.block_sparse import kernels
-from jattn.pallas.block_sparse.pairs import (
-    Units,
-    kernel_block,
-    portions,
-    sort_pairs,
-    split_units,
+from jattn.pallas import _softmax, _steps, _triton
+from jattn.pallas.block_sparse import (
+    gradient_kernels,
+    kernels,
+    mosaic,
+    unsupported_mosaic,
 )
-
-LOG2_E = math.log2(math.e)
-
-# Blocks that a tile of queries may share: its own, the one before, and the first.
-SHARED = 3
+from jattn.pallas.block_sparse.launch import (
+    LOG2_E,
+    SHARED,
+    Launch,
+    backward_tiling,
+    forward_tiling,
+    merge_tiling,
+    mosaic_tiling,
+)
+from jattn.pallas.block_sparse.pairs import sort_pairs, split_tiles
 
 # Numbers that a program adds up.
 SUM_STEP = 2048
 
 
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How a kernel is cut up: speed, never results.
+class Addends(NamedTuple):
+    """The other terms of ``gates_0 before + gates_1 attended + gates_2 after``.
 
     Attributes:
-      rows: Rows of a matrix tile.
-      tiles: Tiles in a unit of work.
-      warps: Warps of a program.
-      stages: Tiles in flight.
-      registers: What a thread may use at most, or None for no limit.
+      before: [B, T, N, V], in the values' dtype.
+      after: [B, T, N, V], in the values' dtype.
+      gates: [B, T, N, 3], of at most 32 bits.
     """
 
-    rows: int
-    tiles: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-@dataclasses.dataclass(frozen=True)
-class RowTiling:
-    """How the kernels that add partial results are cut up: speed, never results.
-
-    Attributes:
-      rows: Rows of a tile, at most.
-      warps: Warps of a program.
-      stages: Shared blocks in flight.
-      registers: What a thread may use at most, or None for no limit.
-    """
-
-    rows: int
-    warps: int
-    stages: int
-    registers: int | None = None
-
-
-def forward_tiling(
-    query: jax.Array, value: jax.Array, block: int, group: int
-) -> Tiling:
-    """The tiling of the kernel that makes partial outputs.
-
-    Args:
-      query: [B, T, N, H].
-      value: [B, S, K, V].
-      block: Keys in a block of the kernels.
-      group: Query heads that share a list.
-    """
-    if query.dtype.itemsize > 2:
-        heuristic = Tiling(rows=32, tiles=32, warps=4, stages=1)
-    elif max(query.shape[-1], value.shape[-1]) > 128:
-        heuristic = Tiling(rows=64, tiles=16, warps=4, stages=1)
-    else:
-        # In smaller groups the rows of a thread are of more queries.
-        registers = 128 if group > 8 else 168
-        heuristic = Tiling(64, tiles=16, warps=4, stages=1, registers=registers)
-    shape = _tuning_shape(query, value, block, group)
-    return tuning.choose("block_sparse_forward", shape, heuristic)
-
-
-def backward_tiling(
-    query: jax.Array, value: jax.Array, block: int, group: int
-) -> Tiling:
-    """The tiling of the kernel that makes partial gradients; see `forward_tiling`."""
-    if query.dtype.itemsize > 2:
-        heuristic = Tiling(rows=32, tiles=32, warps=8, stages=1)
-    elif max(query.shape[-1], value.shape[-1]) > 128:
-        heuristic = Tiling(rows=64, tiles=64, warps=8, stages=1)
-    else:
-        heuristic = Tiling(rows=64, tiles=64, warps=4, stages=2)
-    shape = _tuning_shape(query, value, block, group)
-    return tuning.choose("block_sparse_backward", shape, heuristic)
-
-
-def combine_tiling(
-    query: jax.Array, value: jax.Array, block: int, group: int
-) -> RowTiling:
-    """The tiling of the kernel that adds partial outputs; see `forward_tiling`."""
-    if query.dtype.itemsize > 2:
-        heuristic = RowTiling(rows=32, warps=8, stages=1)
-    elif max(query.shape[-1], value.shape[-1]) > 128:
-        heuristic = RowTiling(rows=64, warps=8, stages=1)
-    else:
-        heuristic = RowTiling(rows=128, warps=8, stages=1, registers=128)
-    shape = _tuning_shape(query, value, block, group)
-    return tuning.choose("block_sparse_combine", shape, heuristic)
-
-
-def _tuning_shape(query, value, block, group) -> dict[str, int | str]:
-    return {
-        "group": group,
-        "block": block,
-        "key_width": query.shape[-1],
-        "value_width": value.shape[-1],
-        "dtype": str(query.dtype),
-    }
+    before: jax.Array
+    after: jax.Array
+    gates: jax.Array
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -170,13 +90,15 @@ def attend(
     Returns:
       Output [B, T, N, V] and log-sum-exp [B, T, N] in fp32.
     """
-    return forward(query, key, value, block_indices, segment_ids, block_size, scale)
+    arrays = query, key, value, block_indices, segment_ids
+    out, lse, _ = forward(*arrays, None, block_size, scale, keep=False)
+    return out, lse
 
 
 def _attend_forward(query, key, value, block_indices, segment_ids, block_size, scale):
     arrays = query, key, value, block_indices, segment_ids
-    results = forward(*arrays, block_size, scale)
-    return results, (*arrays, *results)
+    out, lse, _ = forward(*arrays, None, block_size, scale, keep=False)
+    return (out, lse), (*arrays, out, lse)
 
 
 def _attend_backward(block_size, scale, residuals, gradients):
@@ -187,16 +109,116 @@ def _attend_backward(block_size, scale, residuals, gradients):
 attend.defvjp(_attend_forward, _attend_backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def attend_and_add(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    block_indices: jax.Array,
+    segment_ids: jax.Array | None,
+    addends: Addends,
+    block_size: int,
+    scale: float,
+) -> tuple[jax.Array, jax.Array]:
+    """A sum that attention is a term of, in fp32; differentiable in all of them.
+
+    Args:
+      query: See `attend`, as for all but the addends.
+      key: Its argument.
+      value: Its argument.
+      block_indices: Its argument.
+      segment_ids: Its argument.
+      addends: The other terms of the sum.
+      block_size: Its argument.
+      scale: Its argument.
+
+    Returns:
+      The sum [B, T, N, V], and the log-sum-exp [B, T, N] of attention, in fp32.
+    """
+    arrays = query, key, value, block_indices, segment_ids
+    total, lse, _ = forward(*arrays, addends, block_size, scale, keep=False)
+    return total, lse
+
+
+def _sum_forward(
+    query, key, value, block_indices, segment_ids, addends, block_size, scale
+):
+    arrays = query, key, value, block_indices, segment_ids
+    total, lse, out = forward(*arrays, addends, block_size, scale, keep=True)
+    return (total, lse), ((*arrays, out, lse), addends)
+
+
+def _sum_backward(block_size, scale, residuals, gradients):
+    residuals, (before, after, gates) = residuals
+    out = residuals[-2]
+    total_gradient, lse_gradient = gradients
+    wide = total_gradient.astype(jnp.float32)
+    terms = before, out, after
+    of_gates = [jnp.sum(x.astype(jnp.float32) * wide, axis=-1) for x in terms]
+    of_terms = [
+        (gates[..., i, None].astype(jnp.float32) * wide).astype(x.dtype)
+        for i, x in enumerate(terms)
+    ]
+    own_gradients = [of_terms[1], lse_gradient]
+    gradients = backward(*residuals, *own_gradients, block_size=block_size, scale=scale)
+    of_gates = jnp.stack(of_gates, axis=-1).astype(gates.dtype)
+    return *gradients, None, None, Addends(of_terms[0], of_terms[2], of_gates)
+
+
+attend_and_add.defvjp(_sum_forward, _sum_backward)
+
+
 def forward(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     block_indices: jax.Array,
     segment_ids: jax.Array | None,
+    addends: Addends | None,
     block_size: int,
     scale: float,
-) -> tuple[jax.Array, jax.Array]:
-    """The value of attend, whose arguments these are."""
+    *,
+    keep: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The value of attend, or with addends that of attend_and_add.
+
+    Returns:
+      Output or sum [B, T, N, V], log-sum-exp [B, T, N] in fp32, and if keep is set
+      the output [B, T, N, V] beside the sum.
+    """
+    arguments = query, key, value, block_indices, segment_ids, block_size, scale
+    packed = segment_ids is not None
+    if unsupported_mosaic(query, key, value, block_indices, block_size, packed):
+        attended, lse = _add_triton_parts(*arguments)
+        if addends is None:
+            return attended, lse, attended
+        before, after, gates = addends
+        total = sum(
+            gates[..., i, None].astype(jnp.float32) * x.astype(jnp.float32)
+            for i, x in enumerate((before, attended, after))
+        )
+        return jnp.asarray(total, value.dtype), lse, attended
+
+    out = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), value.dtype)
+    lse = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
+    attended = out if keep else jax.ShapeDtypeStruct((1,), value.dtype)
+    nothing = jnp.zeros(1, value.dtype)
+    before, after, gates = addends or (nothing, nothing, nothing)
+    if addends is not None and not keep:
+        # The sum takes the place of its last term.
+        out, after = after, nothing
+    out, lse, attended = _add_mosaic_parts(
+        *arguments,
+        (before, after, gates),
+        [out, lse, attended],
+        ADD=addends is not None,
+        KEEP=keep,
+    )
+    return out, lse, attended
+
+
+def _add_triton_parts(query, key, value, block_indices, segment_ids, block_size, scale):
+    """Output and log-sum-exp from partial results made in Triton."""
     launch = Launch(query, key, value, block_indices, segment_ids, block_size, scale)
     tiling = forward_tiling(query, value, launch.block, launch.group)
     blocks, shared = launch.plan(share=True)
@@ -234,11 +256,94 @@ def forward(
             launch.scale_log2,
             results=[*partials, out, lse],
             flops=2 * SHARED * math.prod(partial_shape) // slots * launch.block * width,
+            **launch.key_constants,
             **launch.value_constants,
         )
 
     *_, out, lse = _steps.each_step(launch.portions.steps, step)
     return out, lse
+
+
+def _add_mosaic_parts(
+    query,
+    key,
+    value,
+    block_indices,
+    segment_ids,
+    block_size,
+    scale,
+    addends,
+    results,
+    **constants,
+):
+    """Adds up partial results made in Mosaic.
+
+    Args:
+      query: See `forward`, as for those up to scale.
+      key: Its argument.
+      value: Its argument.
+      block_indices: Its argument.
+      segment_ids: None.
+      block_size: Its argument.
+      scale: Its argument.
+      addends: Arrays that kernels.merge_kernel reads.
+      results: What it writes to, or shapes and dtypes.
+      **constants: Of that kernel.
+
+    Returns:
+      The results.
+    """
+    arguments = query, key, value, block_indices, segment_ids, block_size, scale
+    group = query.shape[2] // block_indices.shape[2]
+    tiling = merge_tiling(query, value, mosaic.BLOCK, group)
+    launch = Launch(*arguments, tiling=tiling, sharers=mosaic.SHARERS)
+    blocks, shared = launch.plan(share=True)
+    pairs, starts = sort_pairs(blocks, launch.blocks)
+    _, _, rows, length, _, slots = blocks.shape
+    sizes = mosaic.Sizes(
+        queries=launch.queries,
+        kv_heads=launch.kv_heads,
+        slots=slots,
+        group=group,
+        width=query.shape[-1],
+        offset=launch.keys - launch.queries,
+        length=length,
+        chunks=launch.portions.chunks,
+        rows=rows,
+        scale_log2=launch.scale_log2,
+    )
+    tiling = mosaic_tiling(query, value, mosaic.BLOCK, group)
+    programs = max(1, tiling.programs // rows)
+    plan = pairs, starts, *split_tiles(starts, sizes.tokens, programs)
+    plan = [x.reshape(-1, *x.shape[3:]) for x in plan]  # [D C M, ..]
+    missing = launch.blocks * mosaic.BLOCK - launch.keys
+    padding = [(0, 0), (0, missing), (0, 0), (0, 0)]
+    key, value = jnp.pad(key, padding), jnp.pad(value, padding)
+    new = results
+
+    def step(step, results):
+        if results is not None:
+            # Only now, so that partial results take the place of the step's before.
+            step, results = jax.lax.optimization_barrier((step, results))
+        partials = mosaic.partial_outputs(
+            query, key, value, shared, *plan, step, sizes=sizes, tiling=tiling
+        )
+        return launch.by_tiles(
+            kernels.merge_kernel,
+            *addends,
+            blocks,
+            shared,
+            step,
+            results=[*partials, *(results or new)],
+            SLOTS_PAD=triton.next_power_of_2(1 + slots),
+            SHARED=launch.sharers,
+            AHEAD=launch.tiling.stages,
+            V=launch.value_constants["V"],
+            V_PAD=launch.value_constants["V_PAD"],
+            **constants,
+        )[2:]
+
+    return _steps.each_step(launch.portions.steps, step)
 
 
 def backward(
@@ -282,7 +387,7 @@ def backward(
     def step(step, results):
         *partials, key_sums, value_sums, query_gradient = results or new
         partial_query, *partials = launch.by_units(
-            kernels.backward_kernel,
+            gradient_kernels.backward_kernel,
             (
                 query,
                 key,
@@ -303,7 +408,7 @@ def backward(
         )
         sizes = [launch.block * width for width in widths]
         *partials, key_sums, value_sums = _steps.write(
-            kernels.add_units_kernel,
+            gradient_kernels.add_units_kernel,
             units.starts,
             step,
             launch.portions.length,
@@ -317,10 +422,11 @@ def backward(
             STEP=SUM_STEP,
         )
         partial_query, query_gradient = launch.by_tiles(
-            kernels.add_queries_kernel,
+            gradient_kernels.add_queries_kernel,
             blocks,
             step,
             results=[partial_query, query_gradient],
+            **launch.key_constants,
         )
         return [partial_query, *partials, key_sums, value_sums, query_gradient]
 
@@ -338,150 +444,3 @@ def backward(
         join_blocks(scale * key_sums, key),
         join_blocks(value_sums, value),
     )
-
-
-class Launch:
-    """What the launches of one direction share: some for each chunk of each portion."""
-
-    def __init__(self, query, key, value, lists, segment_ids, block_size, scale):
-        self.queries, heads, key_width = query.shape[1:]
-        self.keys, self.kv_heads, value_width = value.shape[1:]
-        self.block = kernel_block(query, value, block_size)
-        self.blocks = triton.cdiv(self.keys, self.block)
-        self.split = block_size // self.block
-        self.members = lists.shape[2] // self.kv_heads
-        self.group = heads // lists.shape[2]
-        self.slots = lists.shape[3] * self.split
-        if lists.dtype.itemsize > 4:
-            lists = jnp.minimum(lists, 2**31 - 1)
-        self.lists = lists.astype(jnp.int32)
-        self.packed = segment_ids is not None
-        if segment_ids is None:
-            segment_ids = jnp.zeros((1, 1), jnp.int32)
-        self.segment_ids = segment_ids.astype(jnp.int32)
-        self.scale_log2 = float(scale) * LOG2_E
-        self.tiling = combine_tiling(query, value, self.block, self.group)
-        # Queries in a tile: all those of a tile may be in one block, and the kernel
-        # that compares their lists holds these at once.
-        most = min(self.block, self.tiling.rows // self.group, 8192 // self.slots)
-        self.tokens = 1 << max(1, most).bit_length() - 1
-        width = max(key_width, value_width)
-        self.portions = portions(query, self.kv_heads, self.slots, width, self.tokens)
-        self.constants: dict[str, Any] = {
-            "KV_HEADS": self.kv_heads,
-            "LISTS": self.members,
-            "SLOTS": self.slots,
-            "GROUP": self.group,
-            "H": key_width,
-            "H_PAD": max(16, triton.next_power_of_2(key_width)),
-            "BLOCK": self.block,
-        }
-        self.value_constants: dict[str, Any] = {
-            "V": value_width,
-            "V_PAD": max(16, triton.next_power_of_2(value_width)),
-            "PACKED": self.packed,
-        }
-
-    def plan(self, *, share: bool) -> tuple[jax.Array, jax.Array]:
-        """Blocks int32 [D, C, M, L, R, n] of pairs, as many as there are for none.
-
-        Returns:
-          These, and with share int32 [B K, C L / tokens, R, 1 + SHARED]: how many of
-          the blocks all queries of a tile have, and which; they make no pairs.
-        """
-        rows, count, length, chunks = self.portions
-        shape = count, chunks, rows, length, self.members, self.slots
-        tiles = chunks * length // self.tokens
-        shared = (count * rows, tiles, self.members, 1 + SHARED) if share else (1,)
-        blocks, shared = _triton.call(
-            kernels.plan_kernel,
-            self.lists,
-            self.queries,
-            self.keys,
-            length,
-            chunks,
-            outputs=[
-                jax.ShapeDtypeStruct(shape, jnp.int32),
-                jax.ShapeDtypeStruct(shared, jnp.int32),
-            ],
-            grid=(tiles * self.members, count * rows),
-            num_warps=4,
-            KV_HEADS=self.kv_heads,
-            LISTS=self.members,
-            SLOTS=self.slots,
-            SLOTS_PAD=triton.next_power_of_2(self.slots),
-            SPLIT=self.split,
-            BLOCK=self.block,
-            TOKENS=self.tokens,
-            PORTION=rows,
-            SHARE=share,
-        )
-        return blocks, shared
-
-    def units(self, blocks: jax.Array, tiling: Tiling) -> tuple[jax.Array, Units]:
-        """Pairs sorted by block, and their units of work."""
-        pairs, starts = sort_pairs(blocks, self.blocks)
-        length = tiling.tiles * (tiling.rows // self.group)
-        return pairs, split_units(starts, pairs.shape[-1], length)
-
-    def by_units(self, kernel, operands, tiling, pairs, units, *, results, width):
-        """Launches a kernel in one step, a program for each unit of each kv head.
-
-        Args:
-          kernel: The one of the partial results of one direction.
-          operands: Its arrays.
-          tiling: That of the kernel.
-          pairs: P.
-          units: U.
-          results: What it writes.
-          width: That of its matrix products, all together.
-        """
-        rows, _, length, chunks = self.portions
-        return _steps.write(
-            kernel,
-            *operands,
-            self.scale_log2,
-            self.queries,
-            self.keys,
-            length,
-            chunks,
-            pairs,
-            units,
-            results=results,
-            grid=(units, rows),
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            max_registers=tiling.registers,
-            flops=2 * rows * pairs * self.group * self.block * width,
-            ROWS=tiling.rows,
-            **self.constants,
-            **self.value_constants,
-        )
-
-    def by_tiles(self, kernel, *operands, results, **options):
-        """Launches a kernel in one step, a program for each tile of queries and list.
-
-        Args:
-          kernel: The one that adds the partial results of one direction.
-          *operands: What it reads, but for numbers that it shares with others.
-          results: What it writes.
-          **options: Others of `_steps.write`, and constants of the kernel's own.
-        """
-        rows, _, length, chunks = self.portions
-        return _steps.write(
-            kernel,
-            *operands,
-            self.queries,
-            self.keys,
-            length,
-            chunks,
-            results=results,
-            grid=(length // self.tokens * self.members, rows),
-            num_warps=self.tiling.warps,
-            num_stages=self.tiling.stages,
-            max_registers=self.tiling.registers,
-            TOKENS=self.tokens,
-            ROWS=max(16, triton.next_power_of_2(self.tokens * self.group)),
-            **self.constants,
-            **options,
-        )

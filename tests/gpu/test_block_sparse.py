@@ -40,6 +40,10 @@ CASES = {
     "shared by some": dict(t=700, s=1001, g=6, n=6, shared=True, packed=True),
     "several chunks": dict(t=1000, g=4, partial_bytes=2**18),
     "several portions": dict(t=1000, g=4, k=8, partial_bytes=2**22),
+    "several chunks, group 16": dict(t=1000, g=16, partial_bytes=2**21),
+    "several portions, group 16": dict(t=900, b=2, g=16, k=4, partial_bytes=2**25),
+    "shared by some, group 16": dict(t=700, s=1001, g=16, n=6, shared=True),
+    "blocks of 128, group 16": dict(t=1000, g=16, block_size=128),
 }
 
 

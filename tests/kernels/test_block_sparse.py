@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.nsa import gated_sum
 from jattn.pallas import _steps, _triton
-from jattn.pallas.block_sparse import pairs, unsupported
+from jattn.pallas.block_sparse import launch, pairs, unsupported
 from jattn.pallas.block_sparse import triton as kernel
 from tests.support import (
     assert_equal_up_to_rounding,
@@ -68,7 +69,8 @@ def value_and_gradients(attend, *arrays):
         seen = jnp.where(jnp.isneginf(lse), 0, lse)
         return jnp.sum(jnp.sin(3 * out)) + jnp.sum(jnp.sin(seen)), (out, lse)
 
-    gradients, outputs = jax.grad(loss, argnums=(0, 1, 2), has_aux=True)(*arrays)
+    argnums = range(len(arrays))
+    gradients, outputs = jax.grad(loss, argnums, has_aux=True)(*arrays)
     return *outputs, *gradients
 
 
@@ -113,11 +115,40 @@ def test_equals_the_jnp_form(monkeypatch, case):
     jax.tree.map(assert_equal_up_to_rounding, actual, expected)
 
 
+@pytest.mark.parametrize("chunk", [None, 8])
+def test_a_sum_equals_that_of_the_jnp_form(monkeypatch, chunk):
+    *arrays, indices = inputs(b=2, t=37, n=4, shared=True)
+    arrays += normal(1, *[arrays[0].shape] * 2, (*arrays[0].shape[:3], 3))
+    if chunk is not None:
+        monkeypatch.setattr(pairs, "PARTIAL_BYTES", chunk * 2 * 4 * 4 * 16)
+
+    def in_kernel(query, key, value, *addends):
+        addends = kernel.Addends(*addends)
+        return kernel.attend_and_add(
+            query, key, value, indices, None, addends, 16, 0.25
+        )
+
+    def by_itself(query, key, value, before, after, gates):
+        out, lse = block_sparse_attention(
+            query, key, value, indices, block_size=16, return_lse=True
+        )
+        return gated_sum((before, out, after), gates), lse
+
+    actual, expected = (
+        jax.jit(functools.partial(value_and_gradients, form))(*arrays)
+        for form in (in_kernel, by_itself)
+    )
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+    # What differentiation needs is kept beside the same sum.
+    plain = jax.jit(in_kernel)(*arrays)
+    jax.tree.map(np.testing.assert_array_equal, plain, actual[:2])
+
+
 def test_a_long_row_is_split_and_added_up():
     # Every second query chooses block 0 twice; it has several units of work.
     *arrays, indices = inputs(t=140, k=1, g=32, n=2)
     indices = jnp.zeros_like(indices).at[:, ::2].set(-1)
-    tilings = kernel.forward_tiling, kernel.backward_tiling
+    tilings = launch.forward_tiling, launch.backward_tiling
     tilings = [tiling(arrays[0], arrays[2], 16, 32) for tiling in tilings]
     unit = max(x.tiles * (x.rows // 32) for x in tilings)
     assert arrays[0].shape[1] / 2 > 2 * unit
@@ -129,9 +160,9 @@ def test_a_long_row_is_split_and_added_up():
 def test_blocks_shared_by_a_tile_make_no_pairs():
     *arrays, indices = inputs(t=64, k=1, n=4, shared=True)
     indices = indices.at[0, 37, 0, 2].set(-1)  # that tile does not share block 0
-    launch = kernel.Launch(*arrays, indices, None, 16, 0.25)
-    assert launch.tokens == 16
-    blocks, shared = launch.plan(share=True)
+    planned = launch.Launch(*arrays, indices, None, 16, 0.25)
+    assert planned.tokens == 16
+    blocks, shared = planned.plan(share=True)
     expected = [[0], [1, 0], [2, 1], [3, 2, 0]]
     assert [x[1 : 1 + x[0]].tolist() for x in np.asarray(shared)[0, :, 0]] == expected
     has = (np.asarray(indices)[0, :, 0, :, None] == np.arange(4)).any(axis=1)
