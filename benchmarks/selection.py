@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 import jattn
 from benchmarks.block_sparse import SCHEMES
@@ -16,6 +17,7 @@ from benchmarks.measure import Case
 from benchmarks.ops import Tuning
 from jattn.ops.compressed import num_windows
 from jattn.ops.nsa import select_blocks_by_lse
+from jattn.pallas.selection import mosaic
 from jattn.pallas.selection.triton import RowTiling, Tiling
 
 KERNEL_SIZE, STRIDE = 32, 16
@@ -39,6 +41,17 @@ TUNING = {
             Tiling(rows=64, columns=256, warps=8, stages=3),
             Tiling(rows=128, columns=128, warps=8, stages=2),
             Tiling(rows=128, columns=128, warps=8, stages=4),
+        ],
+        case="lse given, packed",
+        direction="forward",
+        shapes=NSA_SHAPES,
+    ),
+    "selection_scores_mosaic": Tuning(
+        [
+            mosaic.Tiling(3, tiles, slots, key_slots, programs=132, turns=turns)
+            for slots, key_slots in ((7, 1), (2, 2))
+            for tiles in (1, 2)
+            for turns in (False, True)
         ],
         case="lse given",
         direction="forward",
@@ -136,15 +149,21 @@ def cases(
         num_local=2,
         length=length,
         scale=None,
-        segment_ids=None,
         **windows,
     )
+    # One document, but the kernels do not know.
+    segment_ids = jnp.zeros((1, length), jnp.int32)
+    packed = functools.partial(select_by_lse, segment_ids=segment_ids)
+    select_by_lse = functools.partial(select_by_lse, segment_ids=None)
     flops = product * sum(
         num_windows(t, KERNEL_SIZE, STRIDE) for t in range(1, length + 1)
     )
     return {
         "jattn": _case(select, implementation, (query, key_cmp), flops),
         "lse given": _case(select_by_lse, implementation, (query, key_cmp, lse), flops),
+        "lse given, packed": _case(
+            packed, implementation, (query, key_cmp, lse), flops
+        ),
         "xla": _case(select, "xla", (query, key_cmp), flops),
     } | baseline
 

@@ -5,9 +5,6 @@ import triton.language as tl
 
 from jattn.pallas._tiles import _load_rows
 
-# Below the order of every score.
-LOWEST = tl.constexpr(-(2**31))
-
 
 @triton.jit
 def _load_queries(
@@ -140,8 +137,7 @@ def block_scores_kernel(
     tl.store(scores_ptr + target, own, mask=live[:, None])
     if PLANES == 2:
         following = tl.sum(weights * outside[None, None, :], axis=2)
-        fits = live[:, None] & (block + 1 < WIDTH)
-        tl.store(scores_ptr + WIDTH + 1 + target, following, mask=fits)
+        tl.store(scores_ptr + WIDTH + target, following, mask=live[:, None])
 
 
 @triton.jit
@@ -216,6 +212,7 @@ def best_blocks_kernel(
     LOCAL: tl.constexpr,
     PLANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIGNED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -257,6 +254,7 @@ def best_blocks_kernel(
             LOCAL,
             PLANES,
             WIDTH,
+            SIGNED,
             QUARTER,
         )
     elif last_block < HALF:
@@ -270,6 +268,7 @@ def best_blocks_kernel(
             LOCAL,
             PLANES,
             WIDTH,
+            SIGNED,
             HALF,
         )
     else:
@@ -283,12 +282,22 @@ def best_blocks_kernel(
             LOCAL,
             PLANES,
             WIDTH,
+            SIGNED,
             COLUMNS,
         )
+    # What is chosen in any case comes first and last.
     slot = tl.arange(0, SLOTS)[None, :]
     total = tl.minimum(own_block - first_block + 1, NUM_BLOCKS)[:, None]
-    empty = live[:, None] & (slot >= total) & (slot < NUM_BLOCKS)
-    tl.store(blocks_ptr + slot, -1, mask=empty)
+    block = tl.where(
+        slot < INITIAL,
+        first_block[:, None] + slot,
+        own_block[:, None] - total + 1 + slot,
+    )
+    block = tl.where(slot < total, block, -1)
+    forced = (slot < INITIAL) | (slot >= total - LOCAL)
+    tl.store(
+        blocks_ptr + slot, block, mask=live[:, None] & forced & (slot < NUM_BLOCKS)
+    )
 
 
 @triton.jit
@@ -302,55 +311,91 @@ def _find_best(
     LOCAL: tl.constexpr,
     PLANES: tl.constexpr,
     WIDTH: tl.constexpr,
+    SIGNED: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Writes the blocks of each row's list in ascending order."""
-    first_block = first_block[:, None]
-    own_block = own_block[:, None]
+    """Writes those of each row's blocks that are not chosen in any case."""
+    # They compete for as many places as are left.
+    begin, end = first_block + INITIAL, own_block - LOCAL
+    competitors = tl.maximum(end - begin + 1, 0)
+    wanted = NUM_BLOCKS - (tl.maximum(own_block - first_block + 1, 0) - competitors)
+    begin = begin[:, None]
+    end = end[:, None]
     block = tl.arange(0, COLUMNS)[None, :]
-    visible = (block >= first_block) & (block <= own_block)
-    forced = (block < first_block + INITIAL) | (block > own_block - LOCAL)
-    # Loaded in fours, 16 bytes at once; those that are not visible may be anything.
+    competes = (block >= begin) & (block <= end)
+    # Loaded in fours, 16 bytes at once; those that do not compete may be anything.
     four = block // 4 * 4
-    wanted = (four + 3 >= first_block) & (four <= own_block)
-    score = tl.load(scores_ptr + block, mask=wanted, other=0.0)
+    near = (four + 3 >= begin) & (four <= end)
+    score = tl.load(scores_ptr + block, mask=near, other=0.0)
     if PLANES == 2:
-        previous = tl.load(scores_ptr + WIDTH + block, mask=wanted, other=0.0)
-        score += tl.where(block > first_block, previous, 0.0)
+        follows = competes & (block > first_block[:, None])
+        score += tl.load(scores_ptr + (WIDTH - 1) + block, mask=follows, other=0.0)
 
-    # Integers in the order of the scores, both zeros being equal; above all of them
-    # what is forced, below what is out of sight.
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    order = tl.where(forced, 0x7FFFFFFF, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-    order = tl.where(visible, order, LOWEST)
-    # The largest threshold that NUM_BLOCKS reach, or else all that is visible, is built
-    # from the highest bit on; it is settled where no more than these reach it. After
-    # the sign, what has another one than the threshold is moved next to zero, so that
-    # differences fit 32 bits.
-    reached = tl.sum((order >= 0).to(tl.int32), axis=1)
-    positive = reached >= NUM_BLOCKS
-    reached = tl.where(positive, reached, tl.sum(visible.to(tl.int32), axis=1))
-    threshold = tl.where(positive, 0, LOWEST + 1)
-    order = tl.where(positive[:, None], tl.maximum(order, -1), tl.minimum(order, 0))
-    bit = tl.full([], 2**30, tl.int32)
-    unsettled = tl.max(reached, axis=0) > NUM_BLOCKS
+    # Integers in the order of the scores, and -1 for what does not compete.
+    order = score.to(tl.int32, bitcast=True)
+    least = 0
+    if SIGNED:
+        # Both zeros are equal. If too few scores are above them, only those below
+        # matter.
+        order = tl.where(score == 0.0, 0, order)
+        order ^= (order >> 31) & 0x7FFFFFFF
+        above = tl.sum((competes & (order >= 0)).to(tl.int32), axis=1)
+        below = (tl.minimum(order, -1) & 0x7FFFFFFF) - 1
+        order = tl.where((above < wanted)[:, None], below, order)
+        least = -1
+    order = tl.where(competes, tl.maximum(order, least), -1)
+
+    # The largest threshold that as many as wanted reach is between the best one of all
+    # and the least of the best ones of enough groups, or else 0.
+    if (COLUMNS >= 128) & (NUM_BLOCKS <= 32):
+        groups = tl.reshape(order, [order.shape[0], COLUMNS // 128, 32, 4])
+        groups = tl.max(tl.max(groups, axis=3), axis=1)
+        threshold = tl.maximum(tl.min(groups, axis=1), 0)
+        highest = tl.max(groups, axis=1)
+    else:
+        threshold = tl.zeros_like(wanted)
+        highest = tl.max(order, axis=1)
+    highest = tl.minimum(highest, 0x7FFFFFFE)
+    too_many = competitors > wanted
+    # It is built from the highest bit of its distance on, and settled where no more
+    # than wanted reach it.
+    distance = tl.max(tl.where(too_many, highest - threshold, 0), axis=0)
+    exponent = tl.cast(distance, tl.float32).to(tl.int32, bitcast=True) >> 23
+    bit = tl.full([], 1, tl.int32) << tl.minimum(tl.maximum(exponent - 127, 0), 30)
+    excess = too_many.to(tl.int32)
+    unsettled = tl.max(excess, axis=0) != 0
     while unsettled:
-        trial = threshold + bit
-        count = COLUMNS + tl.sum((order - trial[:, None]) >> 31, axis=1)
-        threshold = tl.where(count >= NUM_BLOCKS, trial, threshold)
-        reached = tl.where(count >= NUM_BLOCKS, count, reached)
+        trial = threshold + tl.minimum(bit, highest + 1 - threshold)
+        reached = COLUMNS + tl.sum((order - trial[:, None]) >> 31, axis=1)
+        threshold = tl.where(reached >= wanted, trial, threshold)
+        excess = tl.where(reached >= wanted, reached - wanted, excess)
         bit >>= 1
-        unsettled = (tl.max(reached, axis=0) > NUM_BLOCKS) & (bit != 0)
+        unsettled = (tl.max(excess, axis=0) != 0) & (bit != 0)
 
-    if tl.max(reached, axis=0) > NUM_BLOCKS:
+    if tl.max(excess, axis=0) != 0:
         # Of those that just reach it the last ones are too many.
         tie = order == threshold[:, None]
         ties = tl.cumsum(tl.where(tie, 1, 0), axis=1)
-        kept = tl.max(ties, axis=1) - (reached - NUM_BLOCKS)
-        order = tl.where(tie & (ties > kept[:, None]), LOWEST, order)
-    chosen = order >= threshold[:, None]
-    slot = tl.where(chosen, tl.cumsum(tl.where(chosen, 1, 0), axis=1), 0) - 1
-    tl.store(blocks_ptr + slot, block, mask=slot >= 0)
+        reached = COLUMNS + tl.sum((order - threshold[:, None]) >> 31, axis=1)
+        kept = tl.max(ties, axis=1) - (reached - wanted)
+        order = tl.where(tie & (ties > kept[:, None]), -1, order)
+    # A thread has four that are adjacent: it counts them by itself.
+    chosen = tl.where(order >= threshold[:, None], 1, 0)
+    chosen = tl.reshape(chosen, [chosen.shape[0], COLUMNS // 4, 2, 2])
+    even, odd = tl.split(chosen)
+    first, third = tl.split(even)
+    second, fourth = tl.split(odd)
+    count = first + second + third + fourth
+    slot = tl.cumsum(count, axis=1) - count + (INITIAL - 1)
+    block = tl.arange(0, COLUMNS // 4)[None, :] * 4
+    slot += first
+    tl.store(blocks_ptr + slot, block, mask=first == 1)
+    slot += second
+    tl.store(blocks_ptr + slot, block + 1, mask=second == 1)
+    slot += third
+    tl.store(blocks_ptr + slot, block + 2, mask=third == 1)
+    slot += fourth
+    tl.store(blocks_ptr + slot, block + 3, mask=fourth == 1)
 
 
 @triton.jit

@@ -3,7 +3,7 @@
 Queries go through in chunks. One kernel writes the scores that the queries of a chunk
 give to blocks, and a second one finds each query's best. Scores of blocks in the future
 or in another document are neither computed, but where they share a tile with others,
-nor read.
+nor read. What a kernel in Mosaic GPU supports of the former, it does.
 
 Letters: B batch, T queries, N query heads, K kv heads, H key width, R lists of blocks
 for each query (K or N), G = N / K; M compressed keys, n blocks in a list, L queries in
@@ -11,6 +11,7 @@ a chunk, P planes of W scores.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -19,8 +20,8 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _steps, _triton, tuning
-from jattn.pallas.selection import kernels
+from jattn.pallas import _device, _steps, _triton, tuning
+from jattn.pallas.selection import ROWS, kernels, mosaic, unsupported_mosaic
 
 LOG2_E = math.log2(math.e)
 
@@ -96,16 +97,113 @@ def nsa_blocks(
       int32 [B, T, K, num_blocks], ascending, -1 last.
     """
     query, key, lse = jax.lax.stop_gradient((query, key, lse))
-    kv_heads = key.shape[2]
-    windows: dict[str, Any] = {"KERNEL": kernel_size, "STRIDE": stride}
     starts = _document_starts(document_starts)
-    scale_log2 = float(scale) * LOG2_E
+    sizes: dict[str, Any] = {
+        "length": length,
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "scale_log2": float(scale) * LOG2_E,
+    }
     if lse is None:
-        lse = _log_sum_exp(
-            query, key, starts, length=length, scale_log2=scale_log2, **windows
-        )
+        lse = _log_sum_exp(query, key, starts, **sizes)
     else:
         lse = jnp.moveaxis(lse, 1, 2) * LOG2_E  # [B, N, T], in base 2
+    sizes["block_size"] = block_size
+    scores = _mosaic_scores(query, key, lse, starts, **sizes)
+    if scores is None:
+        scores = _triton_scores(query, key, lse, starts, **sizes)
+    return _best_blocks(
+        scores,
+        query,
+        starts,
+        lists=key.shape[2],
+        length=length,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scores:
+    """How a chunk of queries gets its scores.
+
+    Attributes:
+      planes: P, whose sum is the scores; the second one does not count for the first
+        block that a query sees, and is found at the block before.
+      width: W.
+      signed: Whether they may be negative.
+      tile_rows: Queries in a tile.
+      write: Of a chunk's number, int32 [1], the length L of chunks, an array or its
+        shape, and what has to be there before or None, gives the array with scores fp32
+        [B, R, >= L, P, W] of blocks.
+    """
+
+    planes: int
+    width: int
+    signed: bool
+    tile_rows: int
+    write: Callable[..., jax.Array]
+
+
+def _mosaic_scores(
+    query, key, lse, starts, *, length, kernel_size, stride, block_size, scale_log2
+) -> _Scores | None:
+    """Scores by windows as Mosaic GPU computes them, if it supports the call."""
+    b, _, n, h = query.shape
+    kv_heads = key.shape[2]
+    cells = block_size // stride
+    if unsupported_mosaic(query, key, packed=starts.packed, cells=cells) is not None:
+        return None
+    planes = 1 if kernel_size == stride else 2
+    width = _multiple(triton.cdiv(length, block_size), mosaic.COLUMNS // cells)
+    if ROWS * _bytes_per_query(b, kv_heads, planes, width) > SCORE_BYTES:
+        return None
+    shape = {"group": n // kv_heads, "width": h, "dtype": str(query.dtype)}
+    heuristic = heuristic_mosaic_tiling(h)
+    tiling = tuning.choose("selection_scores_mosaic", shape, heuristic)
+
+    # Lowered once for all chunks.
+    block_scores = jax.jit(
+        functools.partial(
+            mosaic.block_scores,
+            length=length,
+            kernel_size=kernel_size,
+            stride=stride,
+            cells=cells,
+            scale_log2=scale_log2,
+            tiling=tiling,
+        ),
+        static_argnames="scores",
+    )
+
+    def write(step, rows, _, after):
+        shape = b, kv_heads, _multiple(rows, ROWS), planes, width
+        scores = jax.ShapeDtypeStruct(shape, jnp.float32)
+        return block_scores(query, key, lse, step, after, scores=scores)
+
+    return _Scores(planes, width, signed=False, tile_rows=ROWS, write=write)
+
+
+def heuristic_mosaic_tiling(width: int) -> mosaic.Tiling:
+    """The Mosaic kernel's tiling for heads of that width."""
+    return mosaic.Tiling(
+        consumers=3,
+        tiles=1,
+        slots=2 if width > 64 else 6,
+        key_slots=2,
+        programs=_device.multiprocessors(),
+        turns=True,
+    )
+
+
+def _triton_scores(
+    query, key, lse, starts, *, length, kernel_size, stride, block_size, scale_log2
+) -> _Scores:
+    """Scores by windows as Triton computes them."""
+    b, t, n, h = query.shape
+    kv_heads = key.shape[2]
     cells = block_size // stride
     slots = triton.next_power_of_2(cells)
     # Three programs fit on a multiprocessor: while some take products, others take
@@ -118,8 +216,7 @@ def nsa_blocks(
     # A window may reach into the next block.
     planes = 1 if kernel_size == stride else 2
 
-    def scores(step, rows, out):
-        b, t, n, h = query.shape
+    def write(step, rows, out, _):
         [out] = _steps.write(
             kernels.block_scores_kernel,
             query,
@@ -141,7 +238,8 @@ def nsa_blocks(
             KV_HEADS=kv_heads,
             GROUP=n // kv_heads,
             **_widths(h),
-            **windows,
+            KERNEL=kernel_size,
+            STRIDE=stride,
             CELLS=cells,
             SLOTS=slots,
             PLANES=planes,
@@ -153,20 +251,7 @@ def nsa_blocks(
         )
         return out
 
-    return _best_blocks(
-        scores,
-        query,
-        starts,
-        lists=kv_heads,
-        planes=planes,
-        width=width,
-        tile_rows=tiling.rows,
-        length=length,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        num_initial=num_initial,
-        num_local=num_local,
-    )
+    return _Scores(planes, width, signed=False, tile_rows=tiling.rows, write=write)
 
 
 def moba_blocks(
@@ -198,7 +283,7 @@ def moba_blocks(
     tiling = _tiling("selection_affinities", query, key, tiling)
     width = _padded(triton.cdiv(key.shape[1], tiling.columns) * tiling.columns)
 
-    def scores(step, rows, out):
+    def write(step, rows, out, _):
         b, t, n, h = query.shape
         [out] = _steps.write(
             kernels.affinities_kernel,
@@ -228,13 +313,10 @@ def moba_blocks(
         return out
 
     return _best_blocks(
-        scores,
+        _Scores(1, width, signed=True, tile_rows=tiling.rows, write=write),
         query,
         starts,
         lists=query.shape[2],
-        planes=1,
-        width=width,
-        tile_rows=tiling.rows,
         length=length,
         block_size=block_size,
         num_blocks=top_k,
@@ -243,7 +325,7 @@ def moba_blocks(
     )
 
 
-def _log_sum_exp(query, key, starts, *, length, scale_log2, **windows):
+def _log_sum_exp(query, key, starts, *, length, kernel_size, stride, scale_log2):
     """Log-sum-exp of the logits in base 2, fp32 [B, N, T]."""
     b, t, n, h = query.shape
     kv_heads = key.shape[2]
@@ -268,7 +350,8 @@ def _log_sum_exp(query, key, starts, *, length, scale_log2, **windows):
         KV_HEADS=kv_heads,
         GROUP=group,
         **_widths(h),
-        **windows,
+        KERNEL=kernel_size,
+        STRIDE=stride,
         ROWS=tiling.rows,
         COLUMNS=tiling.columns,
         PACKED=starts.packed,
@@ -277,14 +360,11 @@ def _log_sum_exp(query, key, starts, *, length, scale_log2, **windows):
 
 
 def _best_blocks(
-    scores: Callable[..., jax.Array],
+    scores: _Scores,
     query: jax.Array,
     starts: "_Starts",
     *,
     lists: int,
-    planes: int,
-    width: int,
-    tile_rows: int,
     length: int,
     block_size: int,
     num_blocks: int,
@@ -294,16 +374,10 @@ def _best_blocks(
     """Lists int32 [B, T, R, n] of the best blocks, a chunk of queries at a time.
 
     Args:
-      scores: Of a chunk's number, int32 [1], the length L of chunks, and an array or
-        its shape, gives the array with scores fp32 [B, R, L, P, W] of blocks; with two
-        planes their sum, in which the second one does not count for the first block
-        that a query sees.
+      scores: What writes scores of a chunk.
       query: [B, T, N, H].
       starts: First positions of the queries' documents.
       lists: R.
-      planes: P.
-      width: W.
-      tile_rows: Queries in a tile of scores.
       length: Tokens of the sequence.
       block_size: Tokens in a block.
       num_blocks: Blocks in a list.
@@ -311,11 +385,12 @@ def _best_blocks(
       num_local: Blocks always chosen at the query.
     """
     b, t = query.shape[:2]
-    bytes_per_query = 4 * b * lists * planes * width
-    rows = min(t, max(1, SCORE_BYTES // bytes_per_query))
-    if tile_rows < rows < t:
-        rows -= rows % tile_rows
-    columns = triton.next_power_of_2(triton.cdiv(length, block_size))
+    planes, width = scores.planes, scores.width
+    rows = SCORE_BYTES // _bytes_per_query(b, lists, planes, width)
+    rows = min(t, max(1, rows))
+    if scores.tile_rows < rows < t:
+        rows -= rows % scores.tile_rows
+    columns = max(4, triton.next_power_of_2(triton.cdiv(length, block_size)))
     heuristic = RowTiling(max(1, 512 // columns), min(16, max(1, columns // 1024)))
     tiling = tuning.choose("selection_best_blocks", {"columns": columns}, heuristic)
     new = (
@@ -325,14 +400,15 @@ def _best_blocks(
 
     def chunk(step, results):
         block_scores, blocks = results or new
-        block_scores = scores(step, rows, block_scores)
+        after = None if results is None else blocks
+        block_scores = scores.write(step, rows, block_scores, after)
         return _steps.write(
             kernels.best_blocks_kernel,
             starts.array,
             step,
             t,
             length,
-            rows,
+            block_scores.shape[2],
             results=[block_scores, blocks],
             grid=(triton.cdiv(rows, tiling.rows), b * lists),
             num_warps=tiling.warps,
@@ -343,6 +419,7 @@ def _best_blocks(
             LOCAL=num_local,
             PLANES=planes,
             WIDTH=width,
+            SIGNED=scores.signed,
             ROWS=tiling.rows,
             COLUMNS=columns,
             SLOTS=triton.next_power_of_2(num_blocks),
@@ -380,9 +457,19 @@ def _tiling(kernel, query, key, heuristic):
     return tuning.choose(kernel, shape, heuristic)
 
 
+def _bytes_per_query(batch, lists, planes, width):
+    """Of the scores."""
+    return 4 * batch * lists * planes * width
+
+
 def _padded(width):
     """Scores in a row of them, for vector loads."""
-    return triton.cdiv(width, 16) * 16
+    return _multiple(width, 16)
+
+
+def _multiple(x, divisor):
+    """The least multiple of the divisor that is not below x."""
+    return triton.cdiv(x, divisor) * divisor
 
 
 def _widths(width) -> dict[str, Any]:

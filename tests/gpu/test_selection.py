@@ -20,6 +20,7 @@ from jattn.ops.compressed import (
     visible_windows,
 )
 from jattn.ops.moba import moba_select_blocks
+from jattn.pallas import selection
 from jattn.pallas.selection import triton as kernel
 from tests.gpu.gate import calls_kernel
 from tests.support import documents, normal, temporary_bytes
@@ -52,6 +53,21 @@ NSA_CASES = {
     "packed": dict(t=1000, b=2, packed=True),
     "queries end the keys": dict(t=100, s=3000, b=2, packed=True),
     "fewer blocks than wanted": dict(t=1000, num_blocks=40),
+    # By the Mosaic kernel, however few tokens there are.
+    **{
+        f"{name}, Mosaic": case | {"mosaic": True}
+        for name, case in {
+            "group 3": dict(t=5001, g=3),
+            "width 64, fp16": dict(t=5000, h=64, dtype="fp16"),
+            "8192 tokens": dict(t=8192, g=16, num_blocks=16),
+            "in chunks": dict(t=8000, g=16, num_blocks=16, score_bytes=2**21),
+            "queries end the keys": dict(t=2500, s=7000, b=2, g=1),
+            "no overlap": dict(
+                t=4500, kernel_size=16, stride=16, block_size=16, num_blocks=16
+            ),
+            "16 strides a block": dict(t=4500, kernel_size=16, stride=4),
+        }.items()
+    },
 }
 
 MOBA_CASES = {
@@ -149,6 +165,8 @@ def test_nsa_blocks(monkeypatch, name):
     case = dict(NSA_CASES[name])
     sizes = {x: case.pop(x, value) for x, value in SIZES.items()}
     packed = case.pop("packed", False)
+    if case.pop("mosaic", False):
+        monkeypatch.setattr(selection, "MIN_TILES", 0)
     if "score_bytes" in case:
         monkeypatch.setattr(kernel, "SCORE_BYTES", case.pop("score_bytes"))
     query, key = inputs(**case)

@@ -19,6 +19,8 @@ SIZES = dict(
     kernel_size=32, stride=16, block_size=64, num_blocks=4, num_initial=1, num_local=2
 )
 
+FINE = dict(kernel_size=8, stride=4, block_size=16)
+
 NSA_CASES = {
     "the paper's sizes": dict(t=600, g=3),
     "log-sum-exp computed": dict(t=333, g=3, lse=False),
@@ -142,6 +144,35 @@ def test_ties_go_to_the_lower_index():
     actual = nsa_kernel(query, key_cmp, lse, **options)
     np.testing.assert_array_equal(actual[0, -1, 0], [0, 1, 2, 9, 10])
     np.testing.assert_array_equal(actual, nsa_xla(query, key_cmp, options))
+
+
+@pytest.mark.parametrize(
+    ("sign", "best"), [(1, [100, 101, 102]), (0, [0, 1, 2]), (-1, [0, 1, 2])]
+)
+def test_ties_among_many_blocks(sign, best):
+    query, key = normal(0, (1, 1, 1, 16), (1, 250, 1, 16))
+    key = jnp.ones_like(key).at[0, 7].set(2).at[0, 100:110].set(3)
+    select = functools.partial(kernel.moba_blocks, length=1000, block_size=4, top_k=4)
+    actual = select(sign * jnp.abs(query), key, None)
+    np.testing.assert_array_equal(actual[0, 0, 0], [*best, 249])
+
+
+@pytest.mark.parametrize("length", [100, 2000])
+def test_lists_are_valid_whatever_the_scores(length):
+    for values in (jnp.nan, jnp.inf):
+        query, key_cmp, options = nsa_inputs(t=3, s=length, k=1, **FINE)
+        lse = log_sum_exp(query, key_cmp, options)
+        query = query.at[0, 1].set(values)
+        actual = nsa_kernel(query, key_cmp, lse, **options)[0, 1, 0]
+        assert np.all(np.diff(actual) > 0)
+        assert actual[0] == 0
+        assert actual[-1] == (length - 2) // FINE["block_size"]
+        (key,) = normal(1, (1, length // 10, 1, 16))
+        select = functools.partial(kernel.moba_blocks, block_size=10, top_k=4)
+        actual = select(query, key, None, length=length)[0, 1]
+        assert np.all(np.diff(actual) > 0)
+        assert np.all(actual >= 0)
+        assert np.all(actual[:, -1] == (length - 2) // 10)
 
 
 def test_zeros_of_both_signs_are_a_tie():
