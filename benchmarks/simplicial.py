@@ -11,7 +11,7 @@ import jattn
 from benchmarks.dense import cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.pallas.simplicial import HEADS, backward, mosaic
+from jattn.pallas.simplicial import ROWS, backward, mosaic
 from jattn.pallas.simplicial import triton as forward
 
 WINDOWS = (512, 32)
@@ -57,7 +57,8 @@ def cases(
     flops = {"flops": 2 * product, "backward_flops": 6 * product}
     operation = functools.partial(jattn.two_simplicial_attention, windows=windows)
     forms = {"mosaic": "pallas", "triton": "triton"}
-    if heads % (HEADS * kv_heads):
+    group = heads // kv_heads
+    if group > 1 and group % ROWS:
         del forms["mosaic"]
     found = {
         name: Case(

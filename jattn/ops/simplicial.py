@@ -183,7 +183,12 @@ def attend_pairs(
         "two_simplicial_attention",
         implementation,
         [
-            ("pallas", unsupported_mosaic(*arrays, **limits, scale=scale)),
+            (
+                "pallas",
+                unsupported_mosaic(
+                    *arrays, **limits, scale=scale, limited=visible is not None
+                ),
+            ),
             ("triton", unsupported(*arrays, **limits, scale=scale)),
         ],
     )

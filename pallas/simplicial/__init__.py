@@ -11,9 +11,10 @@ MAX_WIDTH = 256
 # round differently: with a single pair nothing but that is left.
 MIN_PAIRS_OF_16_BITS = 32
 
-# Query heads in a tile of the Mosaic kernel, and the least keys.
-HEADS = 64
-MIN_KEYS = 64
+# Rows in a tile of the Mosaic kernel: heads that share a kv head, or one head at that
+# many positions, whose steps through the larger window reach far beyond a small one.
+ROWS = 64
+MIN_KEYS, MIN_KEYS_OF_ONE_HEAD = 64, 256
 
 
 def unsupported(
@@ -73,6 +74,7 @@ def unsupported_mosaic(
     few_window: int,
     many_window: int,
     scale: float,
+    limited: bool,
 ) -> str | None:
     """Why the Mosaic kernel, with Triton's for gradients, does not support a call.
 
@@ -85,6 +87,7 @@ def unsupported_mosaic(
       few_window: Keys that a query sees of the one set at most.
       many_window: Of the other.
       scale: Factor of the logits.
+      limited: Whether anything but the windows limits what a query sees.
 
     Returns:
       The reason, or None if it is supported.
@@ -101,15 +104,23 @@ def unsupported_mosaic(
     if widths not in ((64, 64), (128, 128)):
         return f"keys and values must both be 64 or 128 wide, not {widths}"
     group = query.shape[2] // few_key.shape[2]
-    if group % HEADS:
-        return f"a multiple of {HEADS} query heads must share a kv head, not {group}"
-    if many_window < MIN_KEYS:
-        return f"the larger window must be of at least {MIN_KEYS} keys"
+    if group > 1 and group % ROWS:
+        return (
+            f"one query head or a multiple of {ROWS} must have a kv head, not {group}"
+        )
+    if group == 1 and (limited or few_key.dtype != query.dtype or widths[0] < 128):
+        return (
+            "where each query head has its own kv head, it is for keys 128 wide "
+            "without constants, of one document and not from a cache"
+        )
+    least = MIN_KEYS if group > 1 else MIN_KEYS_OF_ONE_HEAD
+    if many_window < least:
+        return f"the larger window must be of at least {least} keys"
     # Each item of work has a multiprocessor to itself; Triton's kernel divides them.
     batch, queries, heads, _ = query.shape
-    items = batch * queries * heads // HEADS
+    items = batch * queries * heads // ROWS
     if items < _device.multiprocessors():
-        return f"{items} tiles of {HEADS} heads do not keep the GPU busy"
+        return f"{items} tiles of {ROWS} rows do not keep the GPU busy"
     if items >= 2**31:
         return "it numbers tiles in 32 bits"
     return None

@@ -3,13 +3,18 @@
 For one position, one kv head and one key j of the set with the smaller window, what is
 left is plain attention by the expanded queries ``q ∘ k_j`` to the set with the larger
 window, whose output is multiplied by v_j. The softmax goes over all pairs, so one
-maximum m and one sum l per head serve every j. Rows of a matrix tile are HEADS query
-heads that share a kv head; columns are keys of the larger window, a step at a time:
+maximum m and one sum l per head serve every j. Rows of a matrix tile are ROWS query
+heads that share a kv head (see mosaic_items); columns are keys of the larger window, a
+step at a time:
 
     S = (q ∘ k_j) K'^T    P = exp(S - m)    O = exp(m_before - m) O + v_j ∘ (P V')
 
-A thread block stays on its multiprocessor and takes one item of work (a position and
-HEADS heads) after the other. Of its three warpgroups one is the producer: it loads
+Where fewer heads share a kv head, the rows are those of several positions. j is then
+counted back from each row's own position, so that every row has another k_j and v_j,
+and the windows of the rows begin and end at different keys.
+
+A thread block stays on its multiprocessor and takes one item of work, a tile of rows,
+after the other. Of its three warpgroups one is the producer: it loads
 blocks of K' and V', rows of k and v, and queries into rings of shared memory. The
 other two are consumers, which take every second j each and keep m, l and O to
 themselves in registers; after the last j they hand each other one half of O, and each
@@ -35,14 +40,13 @@ import numpy as np
 from jax import lax
 
 from jattn.pallas import _device, _mosaic, _triton, tuning
-from jattn.pallas.simplicial import HEADS
+from jattn.pallas.simplicial import ROWS
+from jattn.pallas.simplicial import mosaic_items as items
+from jattn.pallas.simplicial.mosaic_items import ALIGNMENT
 
 LOG2_E = math.log2(math.e)
 
 CONSUMERS = 2
-
-# Copies into the tiles of matrix instructions begin at every eighth key only.
-ALIGNMENT = 8
 
 # Slots of the rings of few keys and values.
 FEW_SLOTS = 2
@@ -55,8 +59,7 @@ LOGITS, VALUES = 0, 1
 
 # How a consumer's threads share a matrix, a number per row, and one per column.
 MATRIX = plgpu.Layout.WGMMA
-ROWS = MATRIX.reduce(1)
-COLUMNS = MATRIX.reduce(0)
+PER_ROW = MATRIX.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,22 +89,6 @@ class Tiling:
         return self.columns * self.blocks
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """What the kernel knows of its arguments when it is compiled."""
-
-    items: int
-    queries: int
-    heads: int
-    kv_heads: int
-    width: int
-    few: int
-    many: int
-    few_window: int
-    many_window: int
-    scale: float
-
-
 def forward(
     query: jax.Array,
     few_key: jax.Array,
@@ -117,13 +104,15 @@ def forward(
 ) -> tuple[jax.Array, jax.Array]:
     """2-simplicial attention, not differentiable.
 
-    In the interpreter P is not an operand in registers, which it does not know, but
-    passes through shared memory; all else is the same.
+    In the interpreter P and the expanded queries are not operands in registers, which
+    it does not know, but pass through shared memory; all else is the same.
 
     Args:
-      query: [B, T, N, H], bf16 or fp16, where H is 64 or 128 and HEADS divides N / K.
+      query: [B, T, N, H], bf16 or fp16, where H is 64 or 128 and N / K is a multiple
+        of ROWS or divides 8.
       few_key: [B, F, K, H], the keys with the smaller window, in the queries' dtype or
-        in fp32; the last T of them stand at the positions of the queries.
+        in fp32 if N / K is at least ROWS; the last T of them stand at the positions
+        of the queries.
       few_value: [B, F, K, H], as few_key.
       many_key: [B, M, K, H], as few_key.
       many_value: [B, M, K, H].
@@ -138,11 +127,12 @@ def forward(
       Output [B, T, N, H] and log-sum-exp [B, T, N] in fp32 (natural log).
     """
     batch, queries, heads, width = query.shape
-    sizes = _Sizes(
-        items=batch * queries * heads // HEADS,
+    kv_heads = few_key.shape[2]
+    sizes = items.Sizes(
+        batch=batch,
         queries=queries,
-        heads=heads,
-        kv_heads=few_key.shape[2],
+        kv_heads=kv_heads,
+        group=heads // kv_heads,
         width=width,
         few=few_key.shape[1],
         many=many_key.shape[1],
@@ -151,29 +141,50 @@ def forward(
         scale=scale,
     )
     shape = {
+        "positions": sizes.positions,
         "H": width,
         "few_window": few_window,
         "many_window": many_window,
         "dtype": query.dtype.name,
     }
     tiling = tuning.choose(
-        "simplicial_forward_mosaic", shape, _tiling(width, many_window)
+        "simplicial_forward_mosaic",
+        shape,
+        _tiling(width, many_window, sizes.positions),
     )
     interpret = _mosaic.interpretation()
+    # Where each row of a tile has its own value, threads read from eight rows at once:
+    # 16 bytes more than 128 or 256 put these into different banks.
+    pitch = width + (8 if sizes.positions > 1 else 0)
+    limits = ()
+    if visible is not None:
+        visible = visible.astype(jnp.int32)
+        few_key, few_value = (
+            items.blanked(x, visible, sizes) for x in (few_key, few_value)
+        )
+        limits = items.limits(visible, sizes)
     operands = (
-        query,
-        *(_lengthened(x, tiling.few) for x in (few_key, few_value)),
-        *(_shifted(x, tiling.step) for x in (many_key, many_value)),
-        *(() if visible is None else (visible.astype(jnp.int32),)),
+        items.in_rows(query, sizes),
+        items.repeated(few_key, sizes, tiling.few, pitch),
+        items.repeated(few_value, sizes, tiling.few, pitch),
+        *(items.shifted(x, sizes, tiling.step) for x in (many_key, many_value)),
+        *limits,
     )
+    rows = operands[0].shape
     results = plgpu.kernel(
         functools.partial(_kernel, sizes=sizes, tiling=tiling),
         out_type=(
-            jax.ShapeDtypeStruct(query.shape, out_dtype or many_value.dtype),
-            jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+            jax.ShapeDtypeStruct(rows, out_dtype or many_value.dtype),
+            jax.ShapeDtypeStruct(rows[:3], jnp.float32),
         ),
         scratch_types=_memory_types(
-            tiling, width, query.dtype, few_key.dtype, few_value.dtype, interpret
+            tiling,
+            sizes,
+            query.dtype,
+            operands[1].dtype,
+            operands[2].dtype,
+            pitch,
+            interpret,
         ),
         grid=(min(tiling.programs, sizes.items),),
         grid_names=("program",),
@@ -186,11 +197,19 @@ def forward(
         interpret=interpret,
     )(*operands)
     out, lse = _triton.vary_like(results, operands)
-    return out, lse
+    return items.from_rows(out, sizes), items.from_rows(lse, sizes)
 
 
-def _tiling(width: int, many_window: int) -> Tiling:
-    """Steps of 256 keys, unless shorter ones leave fewer of them beyond the window."""
+def _tiling(width: int, many_window: int, positions: int) -> Tiling:
+    """Long steps, unless shorter ones leave fewer keys beyond the window."""
+    if positions > 1:
+        return Tiling(
+            columns=192,
+            blocks=1,
+            slots=4 if width <= 64 else 2,
+            few={64: 8, 32: 4}.get(positions, 2),
+            programs=_device.multiprocessors(),
+        )
     columns = 128 if many_window > 64 else 64
     blocks = -(-many_window // columns)
     halves = -(-blocks // 2)
@@ -203,36 +222,20 @@ def _tiling(width: int, many_window: int) -> Tiling:
     )
 
 
-def _lengthened(x: jax.Array, length: int) -> jax.Array:
-    """Fills x [B, S, K, H] up to that length with zeros, if S is less."""
-    return jnp.pad(x, [(0, 0), (0, max(0, length - x.shape[1])), (0, 0), (0, 0)])
-
-
-def _shifted(x: jax.Array, length: int) -> jax.Array:
-    """ALIGNMENT copies of x [B, S, K, H], the i-th without the first i keys.
-
-    Any key is then the first of a tile in one of them. They end with zeros, at a
-    multiple of ALIGNMENT of at least length. Beside the queries, of which HEADS or more
-    share a kv head, they are small.
-    """
-    length = -(-max(length, x.shape[1]) // ALIGNMENT) * ALIGNMENT
-    x = _lengthened(x, length + ALIGNMENT - 1)
-    return jnp.stack([x[:, i : i + length] for i in range(ALIGNMENT)])
-
-
 @dataclasses.dataclass(frozen=True)
 class _Memory:
     """References to shared memory and to the barriers that guard it.
 
     Attributes:
-      query: [HEADS, H] of the item.
+      query: [ROWS, H] of the item.
       ring: [slots, columns, H], blocks of K' and V' in turns of a step.
-      few_key: [FEW_SLOTS, few, H].
-      few_value: [FEW_SLOTS, few, H].
-      expanded_or_half: A union of the consumers' expanded queries [CONSUMERS, HEADS, H]
-        and of the halves of O that they hand over, fp32 [CONSUMERS, HEADS, H / 2].
-      statistics: fp32 [CONSUMERS, 2, HEADS], the consumers' m and l.
-      weights: [CONSUMERS, HEADS, step], P in the interpreter, else None.
+      few_key: [FEW_SLOTS, rows, at least H], those that the tile's rows need for so
+        many keys.
+      few_value: As few_key.
+      expanded_or_half: A union of the consumers' expanded queries [CONSUMERS, ROWS, H]
+        and of the halves of O that they hand over, fp32 [CONSUMERS, ROWS, H / 2].
+      statistics: fp32 [CONSUMERS, 2, ROWS], the consumers' m and l.
+      weights: [CONSUMERS, ROWS, step], P in the interpreter, else None.
       query_full: The query has been loaded.
       query_empty: The consumers are done with it; so are the others.
       ring_full: Of each slot.
@@ -261,7 +264,13 @@ class _Memory:
 
 
 def _memory_types(
-    tiling: Tiling, width: int, dtype: Any, key_dtype: Any, value_dtype: Any, interpret
+    tiling: Tiling,
+    sizes: items.Sizes,
+    dtype: Any,
+    key_dtype: Any,
+    value_dtype: Any,
+    pitch: int,
+    interpret,
 ) -> dict[str, Any]:
     """The types of _Memory's attributes; the last two dtypes are the few keys'."""
 
@@ -274,18 +283,19 @@ def _memory_types(
     def barrier(number, arrivals):
         return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
 
-    few = FEW_SLOTS, tiling.few, width
+    width = sizes.width
+    few = FEW_SLOTS, items.chunk_rows(sizes, tiling.few)
     return {
-        "query": matrix(HEADS, width),
+        "query": matrix(ROWS, width),
         "ring": matrix(tiling.slots, tiling.columns, width),
-        "few_key": plgpu.SMEM(few, key_dtype),
-        "few_value": plgpu.SMEM(few, value_dtype),
+        "few_key": plgpu.SMEM((*few, pitch), key_dtype),
+        "few_value": plgpu.SMEM((*few, pitch), value_dtype),
         "expanded_or_half": plgpu.RefUnion(
-            matrix(CONSUMERS, HEADS, width),
-            matrix(CONSUMERS, HEADS, width // 2, dtype=jnp.float32),
+            matrix(CONSUMERS, ROWS, width),
+            matrix(CONSUMERS, ROWS, width // 2, dtype=jnp.float32),
         ),
-        "statistics": plgpu.SMEM((CONSUMERS, 2, HEADS), jnp.float32),
-        "weights": matrix(CONSUMERS, HEADS, tiling.step) if interpret else None,
+        "statistics": plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
+        "weights": matrix(CONSUMERS, ROWS, tiling.step) if interpret else None,
         "query_full": barrier(1, 1),
         "query_empty": barrier(1, CONSUMERS),
         "ring_full": barrier(tiling.slots, 1),
@@ -297,60 +307,9 @@ def _memory_types(
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """One position and HEADS of its heads.
-
-    Attributes:
-      batch: Row of the batch.
-      query: Position among the queries.
-      head: First query head.
-      kv_head: What they attend to.
-      few_end: One past the last key it sees of the set with the smaller window.
-      few_begin: The first one.
-      many_end: One past the last key it sees of the other set.
-      many_begin: The first one.
-    """
-
-    batch: jax.Array
-    query: jax.Array
-    head: jax.Array
-    kv_head: jax.Array
-    few_begin: jax.Array
-    few_end: jax.Array
-    many_begin: jax.Array
-    many_end: jax.Array
-
-
-def _item(index, sizes: _Sizes, visible) -> _Item:
-    """The item of that index; neighbours in time have windows in common."""
-    row, position = _mosaic.div_rem(index, sizes.queries)
-    batch, head_tile = _mosaic.div_rem(row, sizes.heads // HEADS)
-    kv_head = _mosaic.div_rem(head_tile, sizes.heads // sizes.kv_heads // HEADS)[0]
-    few_end = position + (sizes.few - sizes.queries + 1)
-    many_end = position + (sizes.many - sizes.queries + 1)
-
-    def begin(end, window):
-        seen = jnp.minimum(end, window)
-        if visible is not None:
-            seen = jnp.minimum(seen, visible[batch, position])
-        return end - seen
-
-    return _Item(
-        batch=batch,
-        query=position,
-        head=head_tile * HEADS,
-        kv_head=kv_head,
-        few_begin=begin(few_end, sizes.few_window),
-        few_end=few_end,
-        many_begin=begin(many_end, sizes.many_window),
-        many_end=many_end,
-    )
-
-
-def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
+def _kernel(*refs, sizes: items.Sizes, tiling: Tiling, **memory):
     """A thread block: items program, program + programs, and so on."""
-    query, few_key, few_value, many_key, many_value, *visible, out, lse = refs
+    query, few_key, few_value, many_key, many_value, *limits, out, lse = refs
     memory = _Memory(**memory)
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     programs = min(tiling.programs, sizes.items)
@@ -358,7 +317,7 @@ def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
 
     def for_items(function, carry):
         def call(i, carry):
-            item = _item(program + i * programs, sizes, *visible or [None])
+            item = items.item(program + i * programs, sizes, tiling.step, limits)
             return function(item, carry)
 
         lax.fori_loop(0, rounds, call, carry)
@@ -367,7 +326,7 @@ def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
     def _():
         plgpu.set_max_registers(24, action="decrease")
         producer = _Producer(
-            query, few_key, few_value, many_key, many_value, memory, tiling
+            query, few_key, few_value, many_key, many_value, memory, sizes, tiling
         )
         for_items(producer.load_item, (jnp.int32(0), jnp.int32(0)))
         producer.finish()
@@ -375,22 +334,11 @@ def _kernel(*refs, sizes: _Sizes, tiling: Tiling, **memory):
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        consumer = _Consumer(
-            warpgroup, out, lse, few_key.shape[1], memory, sizes, tiling
-        )
+        visible = limits[0] if limits else None
+        consumer = _Consumer(warpgroup, out, lse, visible, memory, sizes, tiling)
         consumer.start()
         for_items(consumer.attend_item, (jnp.int32(0), jnp.int32(0)))
         consumer.finish()
-
-
-def _few_first(item: _Item, chunk, few: int, length: int):
-    """The first key in that chunk of the smaller window, which ends in the array."""
-    return jnp.minimum(item.few_begin + chunk * few, length - few)
-
-
-def _many_first(item: _Item, index, step: int):
-    """The first key in that step through the larger window, from its end."""
-    return jnp.maximum(item.many_end - (index + 1) * step, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -403,23 +351,25 @@ class _Producer:
     many_key: Any
     many_value: Any
     memory: _Memory
+    sizes: items.Sizes
     tiling: Tiling
 
-    def load_item(self, item: _Item, slots):
+    def load_item(self, item: items.Item, slots):
         """Loads an item's queries, keys and values into the slots from these on."""
         memory, tiling = self.memory, self.tiling
         plgpu.barrier_wait(memory.query_empty)
         plgpu.copy_gmem_to_smem(
-            self.query.at[item.batch, item.query, pl.ds(item.head, HEADS)],
+            self.query.at[item.batch, item.kv_head, pl.ds(item.row, ROWS)],
             memory.query,
             memory.query_full,
         )
-        chunks = _mosaic.ceil_div(item.few_end - item.few_begin, tiling.few)
+        chunks = _mosaic.ceil_div(item.few_reach, tiling.few)
 
-        def load_step(index, slots):
+        def load_step(turn, slots):
             slot, few_slot = slots
             few_slot = self._load_few(item, 0, few_slot)
-            first = _many_first(item, index, tiling.step)
+            index = item.step(turn) if self.sizes.positions > 1 else turn
+            first = items.many_first(item, index, tiling.step)
             shift = _mosaic.div_rem(first, ALIGNMENT)[1]
             for array in (self.many_key, self.many_value):
                 for i in range(tiling.blocks):
@@ -435,13 +385,16 @@ class _Producer:
             load_few = functools.partial(self._load_few, item)
             return slot, lax.fori_loop(1, chunks, load_few, few_slot)
 
-        steps = _mosaic.ceil_div(item.many_end - item.many_begin, tiling.step)
-        return lax.fori_loop(0, steps, load_step, slots)
+        return lax.fori_loop(0, item.steps(tiling.step), load_step, slots)
 
     def _load_few(self, item, chunk, slot):
-        memory, few = self.memory, self.tiling.few
-        first = _few_first(item, chunk, few, self.few_key.shape[1])
-        source = item.batch, pl.ds(first, few), item.kv_head
+        memory, sizes, few = self.memory, self.sizes, self.tiling.few
+        # Keys are counted back from a position; a chunk begins with the furthest.
+        first = item.few_first + items.front(sizes, few) - (chunk + 1) * few + 1
+        if sizes.positions > 1:
+            first *= sizes.heads
+        rows = pl.ds(first, items.chunk_rows(sizes, few))
+        source = item.batch, item.kv_head, rows
         plgpu.barrier_wait(memory.few_empty.at[slot])
         for array, rows in (
             (self.few_key, memory.few_key),
@@ -462,14 +415,48 @@ class _Producer:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Hidden:
+    """Where a step has keys that some row does not see.
+
+    Attributes:
+      begin: First of the columns with such keys.
+      end: One past the last.
+      before: Whether rows may not see a key because it is too far back.
+      after: Whether because it comes after them, or has been in another step.
+    """
+
+    begin: int
+    end: int
+    before: bool
+    after: bool
+
+    def apply(self, logits, live):
+        """Logits, minus infinity where not seen; a row sees columns from live[0] on."""
+        part = logits[:, self.begin : self.end]
+        columns = plgpu.broadcasted_iota(jnp.int32, part.shape, 1, layout=MATRIX)
+        columns += self.begin
+        if self.before and self.after:
+            seen = (columns >= live[0]) & (columns < live[1])
+        else:
+            seen = columns >= live[0] if self.before else columns < live[1]
+        part = jnp.where(seen, part, -jnp.inf)
+        parts = [part]
+        if self.begin > 0:
+            parts.insert(0, logits[:, : self.begin])
+        if self.end < logits.shape[1]:
+            parts.append(logits[:, self.end :])
+        return part if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Consumer:
     """Attends to all pairs with every CONSUMERS-th key of the smaller window.
 
     Attributes:
       me: Which of the consumers.
-      out: [B, T, N, H].
-      lse: [B, T, N].
-      few_length: Keys in the array of few keys.
+      out: [B, K, rows, H].
+      lse: [B, K, rows].
+      visible: [B, rows], or None.
       memory: Shared memory and barriers.
       sizes: Those of the arguments.
       tiling: Tile sizes.
@@ -478,9 +465,9 @@ class _Consumer:
     me: jax.Array
     out: Any
     lse: Any
-    few_length: int
+    visible: Any
     memory: _Memory
-    sizes: _Sizes
+    sizes: items.Sizes
     tiling: Tiling
 
     def start(self):
@@ -512,26 +499,29 @@ class _Consumer:
         plgpu.barrier_arrive(self.memory.together)
         plgpu.barrier_wait(self.memory.together)
 
-    def attend_item(self, item: _Item, slots):
+    def attend_item(self, item: items.Item, slots):
         """Writes an item's output, from what is in the slots from these on."""
         width = self.sizes.width
         plgpu.barrier_wait(self.memory.query_full)
-        seen = item.many_end - item.many_begin
-        steps = _mosaic.ceil_div(seen, self.tiling.step)
+        steps = item.steps(self.tiling.step)
+        reaches = self._reaches(item)
 
-        def attend_step(index, carry, partial):
-            return self._attend_step(item, index, index == steps - 1, carry, partial)
+        def attend_step(turn, carry, hidden):
+            return self._attend_step(
+                item, reaches, turn, turn == steps - 1, carry, hidden
+            )
 
-        whole = _mosaic.div_rem(seen, self.tiling.step)[0]
         carry = (
             *slots,
-            _filled(0, (HEADS, width), MATRIX),
-            _filled(LOWEST, (HEADS,), ROWS),
-            _filled(0, (HEADS,), ROWS),
+            _filled(0, (ROWS, width), MATRIX),
+            _filled(LOWEST, (ROWS,), PER_ROW),
+            _filled(0, (ROWS,), PER_ROW),
         )
-        for begin, end, partial in ((0, whole, False), (whole, steps, True)):
-            step = functools.partial(attend_step, partial=partial)
-            carry = lax.fori_loop(begin, end, step, carry)
+        turn = 0
+        for end, hidden in self._turns(item, steps):
+            step = functools.partial(attend_step, hidden=hidden)
+            carry = lax.fori_loop(turn, end, step, carry)
+            turn = end
         *slots, attended, peak, total = carry
 
         @pl.when(steps == 0)
@@ -541,15 +531,71 @@ class _Consumer:
         self._write(item, attended, peak, total)
         return tuple(slots)
 
-    def _attend_step(self, item, index, is_last, carry, partial):
+    def _turns(self, item, steps):
+        """Where stretches of turns end, and the _Hidden they share, or None."""
+        sizes, step = self.sizes, self.tiling.step
+        anywhere = _Hidden(0, step, before=True, after=True)
+        # Of a usual tile of positions, keys after some row are in the last columns of
+        # the first step only, keys before some row's window in the first columns of the
+        # last one: there is less to compare.
+        count = -(-(sizes.many_window + sizes.positions - 1) // step)
+        top = step - -(-sizes.positions // 8) * 8
+        bottom = -(-(count * step - sizes.many_window) // 8) * 8
+        fits = top >= 0 and bottom <= step <= sizes.many_window
+        if sizes.positions == 1 or self.visible is not None or not fits:
+            return (item.whole, None), (steps, anywhere)
+        first_end = item.position + (1 + sizes.many - sizes.queries)
+        usual = (steps == item.whole + 2) & (steps == count)
+        usual &= (item.many_top == item.many_end) & (item.many_top >= count * step)
+        usual &= first_end >= sizes.many_window
+        usual = jnp.where(usual, 1, 0)
+        return (
+            (item.whole, None),
+            (item.whole + usual, _Hidden(top, step, before=False, after=True)),
+            (item.whole + 2 * usual, _Hidden(0, bottom, before=True, after=False)),
+            (steps, anywhere),
+        )
+
+    def _reaches(self, item):
+        """Of each row, how many few keys it sees, and the many from where to where.
+
+        None if all rows see the same.
+        """
+        sizes = self.sizes
+        if sizes.positions == 1:
+            return None
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+        position = item.position + lax.div(row, np.int32(sizes.heads))
+        end = position + 1
+        few = jnp.minimum(end + (sizes.few - sizes.queries), sizes.few_window)
+        end += sizes.many - sizes.queries
+        many = jnp.minimum(end, sizes.many_window)
+        if self.visible is not None:
+            visible = plgpu.load(
+                self.visible.at[item.batch, pl.ds(item.row, ROWS)],
+                layout=PER_ROW,
+                optimized=False,
+            )
+            few, many = jnp.minimum(few, visible), jnp.minimum(many, visible)
+        return few, end - many, end
+
+    def _attend_step(self, item, reaches, turn, is_last, carry, hidden):
         """Meets one step of K' and V' with all keys of the smaller window."""
         slot, *carry = carry
-        first = _many_first(item, index, self.tiling.step)
+        sizes, step = self.sizes, self.tiling.step
+        index = item.step(turn) if sizes.positions > 1 else turn
+        first = items.many_first(item, index, step)
         # Of the step's keys, those that the item sees and has not seen before.
-        live = item.many_begin - first, item.many_end - index * self.tiling.step - first
-        if partial:
+        top = item.many_top - index * step
+        live = item.many_begin - first, jnp.minimum(item.many_end, top) - first
+        if hidden is not None and hidden.before:
             self._blank(self._slots(slot, VALUES), live)
-        few_steps = _mosaic.ceil_div(item.few_end - item.few_begin, CONSUMERS)
+        if hidden is not None and sizes.positions > 1:
+            _, begins, ends = reaches
+            live = begins - first, jnp.minimum(ends, top) - first
+            shape = ROWS, hidden.end - hidden.begin
+            live = [lax.broadcast_in_dim(x, shape, [0]) for x in live]
+        few_steps = _mosaic.ceil_div(item.few_reach, CONSUMERS)
 
         def attend_key(few_index, carry):
             return self._attend_key(
@@ -558,7 +604,9 @@ class _Consumer:
                 few_index == few_steps - 1,
                 is_last,
                 slot,
-                live if partial else None,
+                reaches,
+                live,
+                hidden,
                 carry,
             )
 
@@ -580,16 +628,16 @@ class _Consumer:
 
     def _blank(self, slots, live):
         """Overwrites values that are not to be seen: 0 times NaN is NaN."""
-        shape = HEADS, self.sizes.width
+        shape = ROWS, self.sizes.width
         for i, slot in enumerate(slots):
             plgpu.barrier_wait(self.memory.ring_full.at[slot])
 
-            @pl.loop(np.int32(0), np.int32(self.tiling.columns // HEADS))
+            @pl.loop(np.int32(0), np.int32(self.tiling.columns // ROWS))
             def _(tile, i=i, slot=slot):
                 @pl.when(_mosaic.div_rem(tile, CONSUMERS)[1] == self.me)
                 def _():
-                    row = pl.multiple_of(tile * HEADS, HEADS)
-                    part = self.memory.ring.at[slot, pl.ds(row, HEADS)]
+                    row = pl.multiple_of(tile * ROWS, ROWS)
+                    part = self.memory.ring.at[slot, pl.ds(row, ROWS)]
                     value = plgpu.load(part, layout=MATRIX)
                     rows = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
                     rows += i * self.tiling.columns + row
@@ -599,34 +647,67 @@ class _Consumer:
         plgpu.commit_smem()
         self._meet()
 
-    def _attend_key(self, item, few_index, is_last, is_last_step, slot, live, carry):
+    def _attend_key(
+        self,
+        item,
+        few_index,
+        is_last,
+        is_last_step,
+        slot,
+        reaches,
+        live,
+        hidden,
+        carry,
+    ):
         """Meets one step of K' and V' with one key of the smaller window."""
         memory, tiling, sizes = self.memory, self.tiling, self.sizes
         few_slot, attended, peak, total = carry
         per_chunk = tiling.few // CONSUMERS
         chunk, place = _mosaic.div_rem(few_index, per_chunk)
-        key = item.few_begin + few_index * CONSUMERS + self.me
-        # If their number is odd, a consumer meets the last one again, without effect.
-        handicap = jnp.where(key < item.few_end, 0.0, LOWEST)
-        key = jnp.minimum(key, item.few_end - 1)
-        row = key - _few_first(item, chunk, tiling.few, self.few_length)
+        # Counted back from the position. If their number is odd, a consumer meets the
+        # last one again, without effect.
+        back = few_index * CONSUMERS + self.me
+        if reaches is None:
+            handicap = jnp.where(back < item.few_reach, 0.0, LOWEST)
+        else:
+            few_reach = reaches[0]
+            handicap = jnp.where(
+                lax.broadcast(back, (ROWS,)) < few_reach,
+                _filled(0.0, (ROWS,), PER_ROW),
+                _filled(LOWEST, (ROWS,), PER_ROW),
+            )
+        back = jnp.minimum(back, item.few_reach - 1)
+        row = tiling.few - 1 - (back - chunk * tiling.few)
+        if sizes.positions > 1:
+            row *= sizes.heads
 
         @pl.when(place == 0)
         def _():
             plgpu.barrier_wait(memory.few_full.at[few_slot])
 
-        expanded_query, _ = memory.expanded_or_half
-        expanded_query = expanded_query.at[self.me]
-        copied = plgpu.Layout.SMEM_GMEM_COPY(
-            (HEADS, sizes.width), memory.query.dtype, 128
-        )
-        few_key = plgpu.load(
-            memory.few_key.at[few_slot, row], layout=copied.reduce(0), optimized=False
-        )
-        few_key = lax.broadcast_in_dim(few_key, (HEADS, sizes.width), [1])
-        product = plgpu.load(memory.query, layout=copied) * few_key
-        expanded_query[...] = product.astype(expanded_query.dtype)
-        plgpu.commit_smem()
+        # Rows of keys and values of their own are much to read. Expanded queries that
+        # went through shared memory as well would keep it busier than the tensor cores.
+        registers = sizes.positions > 1 and memory.weights is None
+        if registers:
+            layout = MATRIX
+        else:
+            layout = plgpu.Layout.SMEM_GMEM_COPY(
+                (ROWS, sizes.width), memory.query.dtype, 128
+            )
+        few_key = self._load_few(memory.few_key.at[few_slot], row, layout)
+        product = plgpu.load(memory.query, layout=layout) * few_key
+        if registers:
+            expanded_query = product
+
+            @pl.when(is_last & is_last_step)
+            def _():
+                # The next queries must not overtake the loads of these.
+                plgpu.commit_smem()
+        else:
+            expanded_query, _ = memory.expanded_or_half
+            expanded_query = expanded_query.at[self.me]
+            expanded_query[...] = product.astype(expanded_query.dtype)
+            plgpu.commit_smem()
 
         @pl.when(is_last & is_last_step)
         def _():
@@ -645,23 +726,22 @@ class _Consumer:
             return logits[...]
 
         logits = pl.run_scoped(
-            multiply_keys, plgpu.WGMMAAccumulatorRef((HEADS, tiling.step), jnp.float32)
+            multiply_keys, plgpu.WGMMAAccumulatorRef((ROWS, tiling.step), jnp.float32)
         )
         self._release(slots, is_last)
-        if live is not None:
-            columns = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
-            seen = (columns >= live[0]) & (columns < live[1])
-            logits = jnp.where(seen, logits, -jnp.inf)
+        if hidden is not None:
+            logits = hidden.apply(logits, live)
         # In units of log 2.
         factor = sizes.scale * LOG2_E
         new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * factor + handicap)
         decay = jnp.exp2(peak - new_peak)
-        base = lax.broadcast_in_dim(new_peak - handicap, logits.shape, [0])
+        # Twice, so that it outweighs a peak that is LOWEST itself.
+        base = lax.broadcast_in_dim(new_peak - 2 * handicap, logits.shape, [0])
         weights = jnp.exp2(logits * factor - base)
         total = total * decay + jnp.sum(weights, axis=1)
         weights = weights.astype(memory.ring.dtype)
         slots = self._slots(slot, VALUES)
-        if live is None:
+        if hidden is None or not hidden.before:
             self._wait_for(slots, few_index == 0)
         if memory.weights is not None:
             memory.weights[self.me] = weights
@@ -682,10 +762,10 @@ class _Consumer:
 
         update = pl.run_scoped(
             multiply_values,
-            plgpu.WGMMAAccumulatorRef((HEADS, sizes.width), jnp.float32),
+            plgpu.WGMMAAccumulatorRef((ROWS, sizes.width), jnp.float32),
         )
         self._release(slots, is_last)
-        few_value = plgpu.load(memory.few_value.at[few_slot, row], layout=COLUMNS)
+        few_value = self._load_few(memory.few_value.at[few_slot], row, MATRIX)
         ends_chunk = is_last | (place == per_chunk - 1)
 
         @pl.when(ends_chunk)
@@ -697,9 +777,17 @@ class _Consumer:
         following_slot = _mosaic.following(few_slot, FEW_SLOTS)
         few_slot = jnp.where(ends_chunk, following_slot, few_slot)
         few_value = few_value.astype(jnp.float32)
-        few_value = lax.broadcast_in_dim(few_value, attended.shape, [1])
         decay = lax.broadcast_in_dim(decay, attended.shape, [0])
         return few_slot, attended * decay + update * few_value, new_peak, total
+
+    def _load_few(self, slot, row, layout):
+        """The few keys of all rows [ROWS, H], of which this is the first."""
+        width = self.sizes.width
+        if self.sizes.positions > 1:
+            rows = slot.at[pl.ds(row, ROWS)]
+            return plgpu.load(rows, layout=layout, optimized=False)[:, :width]
+        same = plgpu.load(slot.at[row], layout=layout.reduce(0), optimized=False)
+        return lax.broadcast_in_dim(same, (ROWS, width), [1])
 
     def _wait_for(self, slots, condition):
         @pl.when(condition)
@@ -717,7 +805,7 @@ class _Consumer:
         """Adds up the results: each consumer gives one half away, writes the other."""
         half = self.sizes.width // 2
         statistics, (_, halves) = self.memory.statistics, self.memory.expanded_or_half
-        is_first = lax.broadcast(self.me == 0, (HEADS, half))
+        is_first = lax.broadcast(self.me == 0, (ROWS, half))
         low, high = attended[:, :half], attended[:, half:]
         # Until both are done, their memory holds expanded queries.
         self._meet()
@@ -725,8 +813,8 @@ class _Consumer:
         statistics[self.me, 0] = peak
         statistics[self.me, 1] = total
         self._meet()
-        their_peak = plgpu.load(statistics.at[1 - self.me, 0], layout=ROWS)
-        their_total = plgpu.load(statistics.at[1 - self.me, 1], layout=ROWS)
+        their_peak = plgpu.load(statistics.at[1 - self.me, 0], layout=PER_ROW)
+        their_total = plgpu.load(statistics.at[1 - self.me, 1], layout=PER_ROW)
         theirs = plgpu.load(halves.at[1 - self.me], layout=MATRIX)
         new_peak = jnp.maximum(peak, their_peak)
         my_weight = jnp.exp2(peak - new_peak)
@@ -735,17 +823,17 @@ class _Consumer:
         # Nothing was seen: 0 of 1, and minus infinity.
         seen = total > 0
         divisor = jnp.where(seen, total, jnp.ones_like(total))
-        my_weight = lax.broadcast_in_dim(my_weight / divisor, (HEADS, half), [0])
-        their_weight = lax.broadcast_in_dim(their_weight / divisor, (HEADS, half), [0])
+        my_weight = lax.broadcast_in_dim(my_weight / divisor, (ROWS, half), [0])
+        their_weight = lax.broadcast_in_dim(their_weight / divisor, (ROWS, half), [0])
         result = jnp.where(is_first, low, high) * my_weight + theirs * their_weight
-        heads, columns = pl.ds(item.head, HEADS), pl.ds(self.me * half, half)
+        rows, columns = pl.ds(item.row, ROWS), pl.ds(self.me * half, half)
         result = result.astype(self.out.dtype)
-        _mosaic.store(self.out.at[item.batch, item.query, heads, columns], result)
+        _mosaic.store(self.out.at[item.batch, item.kv_head, rows, columns], result)
 
         @pl.when(self.me == 0)
         def _():
             lse = jnp.where(seen, new_peak / LOG2_E + jnp.log(divisor), -jnp.inf)
-            _mosaic.store(self.lse.at[item.batch, item.query, heads], lse)
+            _mosaic.store(self.lse.at[item.batch, item.kv_head, rows], lse)
 
         # It is going to hold expanded queries again.
         self._meet()

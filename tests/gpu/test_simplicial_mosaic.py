@@ -38,6 +38,12 @@ CASES = {
     "packed": dict(t=1000, b=2, lengths=(3, 400, 597), windows=(512, 32)),
     "queries end the keys": dict(t=200, s=1000, windows=(512, 32)),
     "biases": dict(t=257, key2_bias=1 / 128, value2_bias=1.0),
+    "16 heads on 16": dict(g=1, k=16, windows=(512, 32), t=1000),
+    "16 heads on 16, fp16": dict(g=1, k=16, windows=(7, 260), t=600, dtype="fp16"),
+    "16 heads on 16, queries end the keys": dict(
+        g=1, k=16, windows=(512, 32), t=600, s=1003
+    ),
+    "32 heads on 32, no windows": dict(g=1, k=32, windows=(None, None), t=300),
 }
 
 TILINGS = [
@@ -108,17 +114,26 @@ def test_forward_is_the_kernel_and_backward_tritons():
         assert "two_simplicial_forward" in program
         assert "triton_kernel_call" in program
     arrays, _, _, cotangents = inputs(case | {"g": 32})
-    with pytest.raises(NotImplementedError, match="a multiple of 64 query heads"):
+    with pytest.raises(
+        NotImplementedError, match="a multiple of 64 must have a kv head"
+    ):
         run(arrays, None, cotangents)
 
 
-def test_unseen_memory_does_not_matter():
-    case = dict(k=1, g=64, t=200, s=1000, lengths=(700, 300))
-    (query, *keys), segment_ids, _, _ = inputs(case)
-    # The first query is at 800; it sees 100 keys of the first set and 20 of the second.
-    ends = (701, 701, 781, 781)
+@pytest.mark.parametrize(
+    ("sizes", "window"),
+    [
+        (dict(k=1, g=64, t=200, s=1000, lengths=(700, 300)), 100),
+        (dict(k=16, g=1, t=600, s=1400), 300),
+    ],
+)
+def test_unseen_memory_does_not_matter(sizes, window):
+    (query, *keys), segment_ids, _, _ = inputs(sizes)
+    # The first query is at 800; it sees so many keys of the first set and 20 of the
+    # second.
+    ends = (801 - window, 801 - window, 781, 781)
     poisoned = [x.at[:, :end].set(jnp.nan) for x, end in zip(keys, ends, strict=True)]
-    options = {"segment_ids": segment_ids, "windows": (100, 20)}
+    options = {"segment_ids": segment_ids, "windows": (window, 20)}
     plain = attend([query, *keys], "pallas", **options)
     changed = attend([query, *poisoned], "pallas", **options)
     for x, y in zip(changed, plain, strict=True):

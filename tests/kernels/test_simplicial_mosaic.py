@@ -17,6 +17,9 @@ from tests.support import normal, relative_rms
 # One thread block goes through all items, and every ring through all of its slots.
 SMALL = kernel.Tiling(columns=64, blocks=1, slots=3, few=2, programs=1)
 
+# The same where a tile has several positions, which fit into one step.
+WIDE = kernel.Tiling(columns=128, blocks=1, slots=2, few=2, programs=1)
+
 
 def inputs(b=1, t=3, f=130, m=130, n=64, k=1, h=64, dtype=jnp.bfloat16):
     """Query, keys and values of both sets."""
@@ -106,6 +109,47 @@ def test_a_limit_of_what_is_visible_and_what_nobody_sees():
 
 
 @pytest.mark.usefixtures("no_races")
+@pytest.mark.parametrize(
+    ("sizes", "windows"),
+    [
+        # The last tile is not full, and the first positions see less.
+        ({"t": 70, "f": 70, "m": 70, "n": 1}, (3, 100)),
+        # Of three steps one is whole; several batch rows and kv heads.
+        ({"b": 2, "t": 20, "f": 340, "m": 340, "n": 8, "k": 2}, (4, 300)),
+    ],
+)
+def test_few_heads_share_a_tile_with_neighbours(sizes, windows):
+    arrays = inputs(**sizes)
+    options = dict(zip(("few_window", "many_window"), windows, strict=True))
+    assert_close(run(*arrays, tiling=WIDE, **options), arrays, **options)
+
+
+@pytest.mark.usefixtures("no_races")
+def test_neighbours_see_no_more_than_they_may():
+    query, *keys = inputs(t=20, n=4)
+    # Of these documents, the first ends before the queries.
+    visible = jnp.array([[0, 1, 2, 3, 4, *range(1, 16)]])
+    out, lse = run(query, *keys, visible=visible, tiling=WIDE)
+    assert_close((out, lse), (query, *keys), visible=visible)
+    assert not np.any(out[:, 0])
+    assert np.all(np.isneginf(lse[:, 0]))
+    # The second query is at 111 and is the first to see a key, its own.
+    keys = [x.at[:, :111].set(jnp.nan) for x in keys]
+    actual = run(query, *keys, visible=visible, tiling=WIDE)
+    jax.tree.map(np.testing.assert_array_equal, actual, (out, lse))
+
+
+@pytest.mark.usefixtures("no_races")
+def test_tiles_of_positions_that_see_nothing():
+    query, *keys = inputs(t=20, n=4)
+    visible = jnp.zeros((1, 20), jnp.int32).at[:, -1].set(2)
+    out, lse = run(query, *keys, visible=visible, tiling=WIDE)
+    assert not np.any(out[:, :-1])
+    assert np.all(np.isneginf(lse[:, :-1]))
+    assert_close((out, lse), (query, *keys), visible=visible)
+
+
+@pytest.mark.usefixtures("no_races")
 def test_a_constant_added_to_what_multiplies_is_not_rounded():
     query, few_key, few_value, *many = inputs(t=2, f=70, m=70)
     few = few_key.astype(jnp.float32) + 1 / 64, few_value.astype(jnp.float32) + 1
@@ -166,6 +210,8 @@ def full_size(*arrays, few_window=32, many_window=512, out_dtype=None):
         (shapes(t=1000), {"few_window": 100, "many_window": 1100}),
         (shapes(), {"many_window": 64}),
         (shapes(), {"out_dtype": jnp.float32}),
+        *((shapes(n=16, k=k), {}) for k in (2, 4, 8, 16)),
+        ((*shapes(n=1, h=64), shape(4, 8192, dtype=jnp.int32)), {"few_window": 300}),
     ],
 )
 def test_lowers_for_hopper(lower_for_h100, arrays, options):
@@ -199,7 +245,7 @@ def test_lowers_under_shard_map_and_vmap():
     [(128, 512, 256), (128, 513, 128), (128, 384, 128), (64, 64, 64), (64, 10**6, 256)],
 )
 def test_steps_hardly_reach_beyond_the_window(width, window, step):
-    tiling = kernel._tiling(width, window)
+    tiling = kernel._tiling(width, window, positions=1)
     assert tiling.step == step
     assert tiling.slots >= 2 * tiling.blocks
 
@@ -212,16 +258,21 @@ def test_steps_hardly_reach_beyond_the_window(width, window, step):
         ({"h": 64, "dtype": jnp.float16}, None),
         ({"dtype": jnp.float32}, "must be bf16 or fp16, not float32"),
         ({"h": 96}, "must both be 64 or 128 wide, not (96, 96)"),
-        ({"n": 96}, "a multiple of 64 query heads must share a kv head, not 96"),
+        ({"limited": True}, None),
+        ({"n": 16, "k": 16}, None),
+        ({"n": 16, "k": 16, "h": 64}, "for keys 128 wide"),
+        ({"n": 16, "k": 16, "limited": True}, "of one document"),
+        ({"n": 96}, "one query head or a multiple of 64 must have a kv head, not 96"),
         ({"many_window": 63}, "of at least 64 keys"),
-        ({"b": 1, "t": 131}, "131 tiles of 64 heads do not keep the GPU busy"),
+        ({"n": 4, "k": 4, "many_window": 255}, "of at least 256 keys"),
+        ({"b": 1, "t": 131}, "131 tiles of 64 rows do not keep the GPU busy"),
         ({"scale": -1.0}, "scale must be positive"),
     ],
 )
 def test_says_what_it_does_not_support(monkeypatch, changes, reason):
     monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
-    options = {"few_window": 32, "many_window": 512, "scale": 1.0}
+    options = {"few_window": 32, "many_window": 512, "scale": 1.0, "limited": False}
     options |= {x: changes[x] for x in options if x in changes}
     sizes = {x: y for x, y in changes.items() if x not in options}
     actual = unsupported_mosaic(*shapes(**sizes), **options)
