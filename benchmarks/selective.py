@@ -9,10 +9,13 @@ tokens. `skipped_share` counts them.
 
 import functools
 
+import jax.numpy as jnp
+
 import jattn
 from benchmarks.dense import attention_flops, causal_pairs, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
+from jattn.pallas.selective import mosaic, mosaic_key_gradient, mosaic_query_gradient
 from jattn.pallas.selective.triton import Tiling, skipped_tiles
 
 # Far below what bf16 can tell apart.
@@ -26,6 +29,22 @@ SHAPES = {
 }
 
 TUNING = {
+    "selective_forward_mosaic": Tuning(
+        [
+            mosaic.Tiling(heads, cluster, keys, query_slots, slots, bias_slots, 132)
+            for heads, keys, query_slots, slots, bias_slots in (
+                (1, 128, 1, 5, 2),
+                (1, 128, 2, 4, 2),
+                (1, 64, 2, 5, 2),
+                (2, 128, 1, 4, 2),
+                (2, 128, 1, 6, 3),
+                (2, 64, 1, 8, 4),
+            )
+            for cluster in (1, 2)
+        ],
+        case="jattn",
+        direction="forward",
+    ),
     "selective_forward": Tuning(
         [
             Tiling(rows=64, keys=64, warps=4, stages=2, heads=1),
@@ -38,7 +57,7 @@ TUNING = {
             Tiling(rows=128, keys=64, warps=4, stages=3, heads=1, ahead=False),
             Tiling(rows=128, keys=128, warps=8, stages=2, heads=4),
         ],
-        case="jattn",
+        case="jattn packed",
         direction="forward",
     ),
     "selective_query_gradient": Tuning(
@@ -65,6 +84,24 @@ TUNING = {
         case="jattn",
         direction="backward",
     ),
+    "selective_key_gradient_mosaic": Tuning(
+        [
+            mosaic_key_gradient.Tiling(pack, kv_heads, slots, programs=132)
+            for pack, kv_heads in ((1, 1), (1, 2), (2, 1), (4, 1))
+            for slots in (2, 3, 4)
+        ],
+        case="jattn",
+        direction="backward",
+    ),
+    "selective_query_gradient_mosaic": Tuning(
+        [
+            mosaic_query_gradient.Tiling(pack, kv_heads, slots, programs=132)
+            for pack, kv_heads in ((1, 1), (1, 2), (2, 1), (4, 1))
+            for slots in (2, 3)
+        ],
+        case="jattn",
+        direction="backward",
+    ),
     "selective_mask_gradient": Tuning(
         [
             Tiling(rows=32, keys=128, warps=8, stages=2),
@@ -85,6 +122,8 @@ def cases(
 ) -> dict[str, Case]:
     """The operation without and with skipping, and dense attention by cuDNN.
 
+    Packed, each row is one document: what other kernels than the fastest ones are for.
+
     Args:
       batch: Sequences.
       length: Of each.
@@ -99,8 +138,10 @@ def cases(
     case = functools.partial(Case, **attention_flops(pairs, heads, width))
     attend = functools.partial(jattn.selective_attention, implementation="triton")
     skipping = functools.partial(attend, skip_error=SKIP_ERROR)
+    documents = jnp.ones((batch, length), jnp.int32)
     return {
         "jattn": case(attend, arrays),
+        "jattn packed": case(functools.partial(attend, segment_ids=documents), arrays),
         "jattn, skipping": case(skipping, arrays),
         "cudnn": cudnn(*arrays),
     }

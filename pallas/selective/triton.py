@@ -13,6 +13,8 @@ The gradient of the logits is a by-product of those of key and value: it is kept
 few programs share a tile, and else computed once more, by a program that has all heads.
 The memory term adds to it where F is below tau.
 
+What attends with F, forward and backward, is Mosaic GPU's if that supports the call.
+
 Nothing is added atomically: same input, same bits.
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H key width, V value
@@ -31,17 +33,25 @@ import triton
 
 from jattn.ops._common import document_starts
 from jattn.pallas import _softmax, _triton, tuning
-from jattn.pallas.selective import attention, mask
+from jattn.pallas.selective import (
+    attention,
+    mask,
+    mosaic,
+    mosaic_key_gradient,
+    mosaic_query_gradient,
+    unsupported_mosaic_forward,
+)
 
 LOG2_E = math.log2(math.e)
 
 # Queries of one carry. Tiles of queries divide it, and so do tiles of keys.
 BLOCK = 128
 
-# What one chunk of F takes at most (but at least that of BLOCK queries or keys), and
-# all that backward has of a chunk of keys.
+# What one chunk of F takes at most (but at least that of BLOCK queries or keys), or up
+# to four times as much where few chunks are better, and all that backward has of a
+# chunk of keys.
 CHUNK_BYTES = 64 * 2**20
-GRADIENT_BYTES = 512 * 2**20
+GRADIENT_BYTES = 704 * 2**20
 
 # Tiles of the same chunk differ in length, and so much that the last ones leave much of
 # the GPU idle, if there are no more chunks than these. Then they are twice as long.
@@ -50,9 +60,14 @@ FEW_CHUNKS = 4
 # Programs that a GPU runs at once, about.
 PROGRAMS = 264
 
+# Among how many to divide a sum over the queries, of which there are many more than of
+# anything else that a matrix product could be divided by.
+SUMMANDS = 8
+
 # If as many heads share a program for the gradients of keys, it keeps the gradient of
 # their logits, to be added up for that of F. With fewer it is computed a second time.
 KEEPING_HEADS = 4
+MOSAIC_KEEPING_HEADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,6 +250,8 @@ class _Work:
             V_PAD=_padded(self.value_width),
             PACKED=self.packed,
         )
+        reason = unsupported_mosaic_forward(query, value, packed=self.packed)
+        self.mosaic = reason is None
         self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
 
     def _tiling(self, name):
@@ -298,6 +315,8 @@ class _Work:
 
     def forward(self, carries):
         """Output, log-sum-exp and memory term."""
+        if self.mosaic:
+            return self._mosaic_forward(carries)
         chunks, chunk = self._query_chunks()
         shape = (*self.query.shape[:3], self.value_width)
         start = (
@@ -310,8 +329,69 @@ class _Work:
         )
         if kept is None:
             return out, lse, None
-        kept = jnp.moveaxis(jnp.sum(kept, axis=2), 0, 1)  # [B, chunks, chunk]
-        return out, lse, kept.reshape(self.batch, -1)[:, : self.queries]
+        kept = jnp.sum(kept, axis=2)  # [chunks, B, chunk]
+        return out, lse, self._joined(kept, self.queries)
+
+    def _mosaic_forward(self, carries):
+        """Output, log-sum-exp and memory term."""
+        heuristic = mosaic.tiling(
+            self.key_width, self.heads, self.heads // self.kv_heads
+        )
+        shape = self.shape | {"heads": self.heads}
+        tiling = tuning.choose("selective_forward_mosaic", shape, heuristic)
+        # The output of a single chunk is not copied.
+        size = 4 * self.batch * self.columns
+        chunks, chunk = _chunks(self.rows, size, 4 * CHUNK_BYTES)
+        if chunks > 1:
+            chunks, chunk = _chunks(self.rows, size, 2 * CHUNK_BYTES)
+        dead_blocks = self._dead_blocks(carries)
+        live = self._live_tiles(carries, tiling.keys) if self.skip else None
+        query = _lengthened(self.query, self.rows)
+        key, value = (_lengthened(x, self.columns) for x in (self.key, self.value))
+        rows = chunks * chunk
+        shape = self.batch, rows, self.heads, self.value_width
+        start = (
+            jax.lax.empty(shape, value.dtype),
+            jax.lax.empty((self.batch, self.heads, rows), jnp.float32),
+        )
+
+        def step(results, first):
+            region = jnp.stack([first, jnp.zeros_like(first)])
+            bias, kept = self._bias(
+                carries,
+                dead_blocks,
+                region,
+                chunk,
+                self.columns,
+                memory=self.memory_tau is not None,
+            )
+            parts = mosaic.forward(
+                query,
+                key,
+                value,
+                bias,
+                region,
+                live,
+                queries=self.queries,
+                offset=self.offset,
+                scale=self.scale,
+                tiling=tiling,
+            )
+            results = [
+                jax.lax.dynamic_update_slice_in_dim(x, y, first, axis=axis)
+                for x, y, axis in zip(results, parts, (1, 2), strict=True)
+            ]
+            return results, None if kept is None else jnp.sum(kept, axis=1)
+
+        results, kept = jax.lax.scan(step, self.vary(start), _firsts(chunks, chunk))
+        out, lse = results[0], jnp.swapaxes(results[1], 1, 2)
+        out, lse = (x[:, : self.queries] for x in (out, lse))
+        return out, lse, None if kept is None else self._joined(kept, self.queries)
+
+    def _joined(self, x, length):
+        """[B, length, ..] from that of chunks, [chunks, B, CHUNK, ..]."""
+        x = jnp.moveaxis(x, 0, 1)
+        return x.reshape(self.batch, -1, *x.shape[3:])[:, :length]
 
     def backward(self, carries, out, lse, *gradients):
         """Gradients of query, key, value and initial_mask.
@@ -333,10 +413,54 @@ class _Work:
 
     def _query_gradient(self, carries, cotangents):
         """The gradient of query for a given F."""
+        if self.mosaic:
+            return self._mosaic_query_gradient(carries, *cotangents)
         chunks, chunk = self._query_chunks()
         start = [jax.lax.empty(self.query.shape, self.query.dtype)]
         launch = self._by_queries("query_gradient", carries, chunk, cotangents, 3)
         return jax.lax.scan(launch, self.vary(start), _firsts(chunks, chunk))[0][0]
+
+    def _mosaic_query_gradient(self, carries, out_gradient, shift, delta):
+        """The gradient of query for a given F."""
+        tiling = tuning.choose(
+            "selective_query_gradient_mosaic",
+            self.shape | {"heads": self.heads},
+            mosaic_query_gradient.tiling(
+                self.key_width, self.heads, self.heads // self.kv_heads
+            ),
+        )
+        # The gradients of keys need more memory than these larger chunks.
+        size = 4 * self.batch * self.columns
+        chunks, chunk = _chunks(self.rows, size, 4 * CHUNK_BYTES)
+        rows = chunks * chunk
+        query, out_gradient = (_lengthened(x, rows) for x in (self.query, out_gradient))
+        key, value = (_lengthened(x, self.columns) for x in (self.key, self.value))
+        per_row = mosaic_key_gradient.statistics(shift, delta, tiling.pack, rows)
+        dead_blocks = self._dead_blocks(carries)
+        live = self._live_tiles(carries, mosaic_query_gradient.KEYS)
+
+        def step(_, first):
+            region = jnp.stack([first, jnp.zeros_like(first)])
+            bias, _ = self._bias(carries, dead_blocks, region, chunk, self.columns)
+            gradient = mosaic_query_gradient.query_gradient(
+                query,
+                key,
+                value,
+                bias,
+                per_row,
+                out_gradient,
+                live if self.skip else None,
+                region,
+                queries=self.queries,
+                offset=self.offset,
+                block=BLOCK,
+                scale=self.scale,
+                tiling=tiling,
+            )
+            return None, gradient
+
+        _, gradient = jax.lax.scan(step, None, _firsts(chunks, chunk))
+        return self._joined(gradient, self.queries)
 
     def _query_chunks(self):
         """Into how many chunks of which length to cut the queries."""
@@ -413,80 +537,72 @@ class _Work:
 
     def _key_gradients(self, carries, cotangents, memory_gradient):
         """Gradients of the selecting head's query (by F alone), key, value and mask."""
-        tilings = {x: self._tiling(x) for x in ("key_gradient", "mask_gradient")}
-        group = self.heads // self.kv_heads
-        members = math.gcd(group, tilings["key_gradient"].heads)
-        parts = self.heads // members if members >= KEEPING_HEADS else 0
+        mask_tiling = self._tiling("mask_gradient")
+        if self.mosaic:
+            prepare = self._mosaic_key_gradients
+            tiling = self._mosaic_key_tiling()
+            members, keeping = tiling.members, MOSAIC_KEEPING_HEADS
+        else:
+            prepare = self._triton_key_gradients
+            tiling = self._tiling("key_gradient")
+            members = math.gcd(self.heads // self.kv_heads, tiling.heads)
+            keeping = KEEPING_HEADS
+        parts = self.heads // members if members >= keeping else 0
         if parts:
             # What one kernel has left out, the other does not read.
-            tilings["mask_gradient"] = dataclasses.replace(
-                tilings["mask_gradient"], keys=tilings["key_gradient"].keys
-            )
+            mask_tiling = dataclasses.replace(mask_tiling, keys=tiling.keys)
         # Of each key: F, the parts of the gradient of the logits and their sum, and the
         # gradient of the selecting head's products.
         size = self.batch * self.rows * (4 * (2 + parts) + self.query.dtype.itemsize)
         chunks, chunk = _chunks(self.columns, size, GRADIENT_BYTES)
         columns = chunks * chunk
-        selecting_query = self.query[:, :, 0]
-        padding = [(0, 0), (0, columns - self.keys), (0, 0)]
-        selecting_key = jnp.pad(self.key[:, :, 0], padding)
+        selecting_query = _lengthened(self.query[:, :, 0], self.rows)
+        summands = math.gcd(self.blocks, SUMMANDS)
+        selecting_key = _lengthened(self.key[:, :, 0], columns)
         product = functools.partial(
             jnp.einsum,
             precision=jax.lax.Precision.HIGHEST,
             preferred_element_type=jnp.float32,
         )
         dead_blocks = self._dead_blocks(carries)
-        ends = {x: self._ends(carries, y.keys, columns) for x, y in tilings.items()}
+        ends, mask_ends = (
+            self._ends(carries, x.keys, columns) for x in (tiling, mask_tiling)
+        )
+        attend = prepare(ends, cotangents, chunk, columns, tiling, parts > 0)
 
-        def step(carry, first):
-            selecting, *gradients = carry
+        def step(selecting, first):
             region = jnp.stack([jnp.zeros_like(first), first])
             bias, _ = self._bias(
                 carries, dead_blocks, region, self.rows, chunk, transposed=True
             )
+            key_gradient, value_gradient, parts_gradient = attend(bias, region)
             operands = self.query, self.key, self.value, bias, self.starts
-            key_gradient, value_gradient, parts_gradient = self._attention_gradients(
-                (*operands, ends["key_gradient"], region, *cotangents),
-                chunk,
-                columns,
-                tilings["key_gradient"],
-                members,
-                parts,
-            )
             gradient, mask_gradient = self._selection_gradient(
-                (*operands, ends["mask_gradient"], region, *cotangents, parts_gradient),
+                (*operands, mask_ends, region, *cotangents, parts_gradient),
                 chunk,
                 columns,
-                tilings["mask_gradient"],
+                mask_tiling,
                 parts,
                 memory_gradient,
             )
-            gradient = gradient[:, : self.queries]
             keys = jax.lax.dynamic_slice_in_dim(selecting_key, first, chunk, axis=1)
             selecting += product("bts,bsh->bth", gradient, keys)
-            selected = product("bts,bth->bsh", gradient, selecting_query)
-            key_gradient = key_gradient.at[:, :, 0].add(selected)
-            gradients = [
-                jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), first, axis=1)
-                for x, y in zip(
-                    gradients,
-                    (key_gradient, value_gradient, mask_gradient),
-                    strict=True,
-                )
+            selected = [
+                x.reshape(self.batch, summands, -1, x.shape[-1])
+                for x in (gradient, selecting_query)
             ]
-            return (selecting, *gradients), None
+            selected = jnp.sum(product("bzts,bzth->bzsh", *selected), axis=1)
+            key_gradient = key_gradient.at[:, :, 0].add(selected)
+            return selecting, (
+                key_gradient.astype(self.key.dtype),
+                value_gradient.astype(self.value.dtype),
+                mask_gradient,
+            )
 
-        kv_shape = self.batch, columns, self.kv_heads
-        start = (
-            jnp.zeros(selecting_query.shape, jnp.float32),
-            jax.lax.empty((*kv_shape, self.key_width), self.key.dtype),
-            jax.lax.empty((*kv_shape, self.value_width), self.value.dtype),
-            jax.lax.empty(kv_shape[:2], jnp.float32),
-        )
-        (selecting, *gradients), _ = jax.lax.scan(
-            step, tuple(self.vary(start)), _firsts(chunks, chunk)
-        )
-        return selecting, *(x[:, : self.keys] for x in gradients)
+        [start] = self.vary([jnp.zeros(selecting_query.shape, jnp.float32)])
+        selecting, gradients = jax.lax.scan(step, start, _firsts(chunks, chunk))
+        gradients = [self._joined(x, self.keys) for x in gradients]
+        return selecting[:, : self.queries], *gradients
 
     def _bias(
         self,
@@ -524,6 +640,7 @@ class _Work:
             grid=(tiles, rows // BLOCK, self.batch),
             num_warps=tiling.warps,
             num_stages=tiling.stages,
+            max_registers=tiling.registers,
             HEADS=self.heads,
             ROWS=BLOCK,
             KEYS=tiling.keys,
@@ -556,49 +673,113 @@ class _Work:
         tiles = jnp.argsort(dead, axis=-1, stable=True).astype(jnp.int32)
         return tiles, jnp.sum(~dead, axis=-1, dtype=jnp.int32)
 
-    def _attention_gradients(self, operands, chunk, columns, tiling, members, parts):
-        """Gradients of key and value for a given F, [B, chunk, K, ..] in fp32.
+    def _triton_key_gradients(self, ends, cotangents, chunk, columns, tiling, keep):
+        """How to get gradients from F and the region of a chunk of keys.
 
-        And that of the logits, in so many parts of the heads if any are asked for.
+        Those of key and value for a given F, [B, CHUNK, K, ..] in fp32; and if they are
+        to be kept that of the logits, in parts of the heads.
         """
-        tiles = self.heads // members * (chunk // tiling.keys)
+        members = math.gcd(self.heads // self.kv_heads, tiling.heads)
+        parts = self.heads // members
+        tiles = parts * (chunk // tiling.keys)
         slices = triton.cdiv(PROGRAMS, self.batch * tiles)
         slices = min(slices, self.rows // BLOCK)
-        shape = slices, self.batch, chunk, self.heads // members
-        kept = (parts, self.batch, chunk, self.rows) if parts else (1, 1, 1, 1)
-        key_gradient, value_gradient, parts_gradient = _triton.call(
-            attention.key_gradient_kernel,
-            *operands,
-            float(self.scale) * LOG2_E,
-            self.queries,
-            self.keys,
-            self.rows,
-            columns,
-            outputs=[
-                self._array(*shape, self.key_width),
-                self._array(*shape, self.value_width),
-                self._array(*kept),
-            ],
-            grid=(tiles, slices, self.batch),
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-            max_registers=tiling.registers,
-            flops=self._flops(4) * chunk // self.columns,
-            CHUNK=chunk,
-            ROWS=tiling.rows,
-            KEYS=tiling.keys,
-            MEMBERS=members,
-            SLICES=slices,
-            AHEAD=tiling.ahead,
-            KEEP=parts > 0,
-            **self.sizes,
+        shape = slices, self.batch, chunk, parts
+        kept = (parts, self.batch, chunk, self.rows) if keep else (1, 1, 1, 1)
+
+        def attend(bias, region):
+            key_gradient, value_gradient, parts_gradient = _triton.call(
+                attention.key_gradient_kernel,
+                self.query,
+                self.key,
+                self.value,
+                bias,
+                self.starts,
+                ends,
+                region,
+                *cotangents,
+                float(self.scale) * LOG2_E,
+                self.queries,
+                self.keys,
+                self.rows,
+                columns,
+                outputs=[
+                    self._array(*shape, self.key_width),
+                    self._array(*shape, self.value_width),
+                    self._array(*kept),
+                ],
+                grid=(tiles, slices, self.batch),
+                num_warps=tiling.warps,
+                num_stages=tiling.stages,
+                max_registers=tiling.registers,
+                flops=self._flops(4) * chunk // self.columns,
+                CHUNK=chunk,
+                ROWS=tiling.rows,
+                KEYS=tiling.keys,
+                MEMBERS=members,
+                SLICES=slices,
+                AHEAD=tiling.ahead,
+                KEEP=keep,
+                **self.sizes,
+            )
+            return *self._added(key_gradient, value_gradient), parts_gradient
+
+        return attend
+
+    def _mosaic_key_tiling(self):
+        return tuning.choose(
+            "selective_key_gradient_mosaic",
+            self.shape | {"heads": self.heads},
+            mosaic_key_gradient.tiling(
+                self.key_width, self.heads, self.heads // self.kv_heads
+            ),
         )
 
-        def total(x):  # [SLICES, B, CHUNK, PARTS, W] -> [B, CHUNK, K, W]
+    def _mosaic_key_gradients(self, ends, cotangents, _, columns, tiling, keep):
+        """What _triton_key_gradients gives."""
+        out_gradient, shift, delta = cotangents
+        query, out_gradient = (
+            _lengthened(x, self.rows) for x in (self.query, out_gradient)
+        )
+        key, value = (_lengthened(x, columns) for x in (self.key, self.value))
+        per_row = mosaic_key_gradient.statistics(
+            shift, delta, tiling.members, self.rows
+        )
+
+        def attend(bias, region):
+            key_gradient, value_gradient, parts = mosaic_key_gradient.key_gradients(
+                query,
+                key,
+                value,
+                bias.reshape(self.batch, -1, self.rows),
+                per_row,
+                out_gradient,
+                ends,
+                region,
+                queries=self.queries,
+                offset=self.offset,
+                scale=self.scale,
+                keep=keep,
+                tiling=tiling,
+            )
+            if parts is None:
+                parts = jnp.zeros((1, 1, 1, 1), jnp.float32)
+            return *self._added(key_gradient, value_gradient), parts
+
+        return attend
+
+    def _added(self, *partial_sums):
+        """Gradients of key and value [B, CHUNK, K, ..] from partial sums.
+
+        Each is [SLICES, B, CHUNK, PARTS, ..], the first one without the factor scale.
+        """
+
+        def total(x):
             x = x.reshape(*x.shape[:3], self.kv_heads, -1, x.shape[-1])
             return jnp.sum(x, axis=(0, 4))
 
-        return self.scale * total(key_gradient), total(value_gradient), parts_gradient
+        key_gradient, value_gradient = map(total, partial_sums)
+        return self.scale * key_gradient, value_gradient
 
     def _selection_gradient(
         self, operands, chunk, columns, tiling, parts, memory_gradient
@@ -697,6 +878,13 @@ class _Work:
         width = (self.key_width + self.value_width) // 2
         pairs = self.queries * (self.keys + self.offset) // 2
         return 2 * products * self.batch * self.heads * pairs * width
+
+
+def _lengthened(x, length):
+    """[B, length, ..] of an array [B, T, ..], with zeros at the end."""
+    padding = [(0, 0)] * x.ndim
+    padding[1] = (0, length - x.shape[1])
+    return jnp.pad(x, padding)
 
 
 def _padded(width):

@@ -15,6 +15,8 @@ from benchmarks.selective import skipped_share
 from jattn.nn import SelectiveAttention
 from jattn.ops.selective import selective_attention
 from jattn.ops.selective_decode import cached_selective_attention
+from jattn.pallas import tuning
+from jattn.pallas.selective import mosaic
 from jattn.pallas.selective import triton as kernel
 from tests.gpu.gate import assert_passes_gate, calls_kernel, rounded
 from tests.support import documents, normal, relative_rms
@@ -31,6 +33,8 @@ CASES = {
     },
     **{f"T = {t}": dict(t=t, b=2, k=4, g=1, h=64, v=64) for t in (1, 63, 111, 1000)},
     "an odd number of heads": dict(t=300, k=3, g=1),
+    **{f"width 64, group {g}": dict(t=400, g=g, h=64, v=64) for g in (1, 2, 4, 8)},
+    "width 64, an odd number of heads": dict(t=300, k=3, g=1, h=64, v=64),
     "fp16": dict(t=1000, dtype="fp16"),
     "fp32": dict(t=1000, dtype="fp32"),
     "packed": dict(t=1000, b=2, packed=True),
@@ -107,6 +111,41 @@ def test_numerical_gate(monkeypatch, name):
         np.testing.assert_array_equal(x, y)
 
 
+@pytest.mark.parametrize(
+    ("sizes", "tiling"),
+    [
+        (dict(g=1), mosaic.Tiling(1, 1, 64, 1, 5, 2, 132)),
+        (dict(g=1, h=64, v=64), mosaic.Tiling(1, 2, 128, 2, 4, 2, 132)),
+        (dict(g=2), mosaic.Tiling(2, 2, 64, 1, 8, 4, 132)),
+        (dict(g=4), mosaic.Tiling(2, 2, 128, 1, 4, 2, 132)),
+        (dict(g=4, h=64, v=64), mosaic.Tiling(1, 4, 128, 2, 4, 2, 120)),
+    ],
+)
+@pytest.mark.parametrize("skip_error", [0.0, 1e-3])
+def test_every_mosaic_tiling_gives_the_same(sizes, tiling, skip_error):
+    arrays, _, _ = inputs({"t": 1500, "s": 1700, "b": 2} | sizes)
+
+    @jax.jit
+    def attend(*arrays):
+        return selective_attention(
+            *arrays[:3],
+            initial_mask=arrays[3],
+            skip_error=skip_error,
+            return_lse=True,
+            implementation="triton",
+        )
+
+    expected = attend(*arrays)
+    jax.clear_caches()
+    with tuning.force("selective_forward_mosaic", tiling) as requests:
+        actual = attend(*arrays)
+    assert requests
+    assert relative_rms(actual[0], expected[0]) <= 2e-3 + skip_error
+    assert relative_rms(actual[1], expected[1]) <= 1e-6 + skip_error
+    for x, y in zip(actual, attend(*arrays), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
 def test_automatic_choice_is_the_kernel():
     arrays, options, cotangents = inputs({"t": 257})
 
@@ -123,6 +162,17 @@ def test_automatic_choice_is_the_kernel():
     # What the kernels do not support goes to the jnp form without a word.
     pruned = functools.partial(selective_attention, budget=64)
     assert not calls_kernel(pruned, *arrays[:3])
+
+
+@pytest.mark.parametrize(
+    ("changes", "chosen"), [({}, True), ({"packed": True}, False), ({"h": 96}, False)]
+)
+def test_gradients_are_mosaics(changes, chosen):
+    arrays, options, cotangents = inputs({"t": 257} | changes)
+    run = functools.partial(value_and_gradients, implementation=None, **options)
+    program = str(jax.make_jaxpr(run)(arrays, cotangents))
+    for name in ("selective_query_gradient", "selective_key_gradient"):
+        assert (name in program) == chosen
 
 
 def test_automatic_choice_in_the_module():

@@ -1,0 +1,208 @@
+"""The selective gradients in Mosaic: interpreted, and lowered for Hopper.
+
+Whole gradients are tested: with the kernels of F, which Triton's interpreter runs.
+"""
+
+import contextlib
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, PartitionSpec
+
+from jattn.ops.selective import selective_attention
+from jattn.pallas import _mosaic, tuning
+from jattn.pallas.selective import mosaic_key_gradient, mosaic_query_gradient
+from jattn.pallas.selective import triton as kernel
+from tests.support import normal, relative_rms
+
+# Sizes by name. Rings go through all of their slots.
+CASES = {
+    "one head": dict(n=1),
+    "a head for each kv head": dict(t=70, n=2, k=2, memory_tau=0.7),
+    "heads share a kv head": dict(b=2, t=64, n=4, slices=2),
+    "many heads share a kv head": dict(n=8, t=33, s=150),
+    "in chunks": dict(t=140, s=300, n=4, k=2, h=128, chunk_bytes=1, slices=3),
+}
+
+
+@pytest.fixture
+def backward(monkeypatch):
+    """The gradients of query, key, value and first row by the kernels."""
+    monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
+
+    def backward(arrays, out, lse, cotangents, *, slices=1, skip_error=0.0, tau=None):
+        query, key, value, first_row = arrays
+        heads, group = query.shape[2], query.shape[2] // key.shape[2]
+        width = query.shape[-1]
+        work = kernel._Work(query, key, value, None, width**-0.5, skip_error, tau)
+        monkeypatch.setattr(mosaic_key_gradient, "_slices", lambda *_: slices)
+        forced = {
+            "selective_key_gradient_mosaic": dataclasses.replace(
+                mosaic_key_gradient.tiling(width, heads, group), slots=2
+            ),
+            "selective_query_gradient_mosaic": dataclasses.replace(
+                mosaic_query_gradient.tiling(width, heads, group), slots=2, programs=2
+            ),
+        }
+        with contextlib.ExitStack() as stack:
+            for name, tiling in forced.items():
+                stack.enter_context(tuning.force(name, tiling))
+            # Not under jit, which would run both kernels at the same time.
+            carries = work.carries(first_row)
+            return work.backward(carries, out.astype(query.dtype), lse, *cotangents)
+
+    return backward
+
+
+def inputs(b=1, t=130, s=None, n=2, k=1, h=64):
+    """Query, key, value and first row of F; cotangents."""
+    s = s or t
+    arrays = normal(0, (b, t, n, h), (b, s, k, h), (b, s, k, h), dtype=jnp.float16)
+    (first_row,) = normal(1, (b, s))
+    # Only keys before the first query are selected before it.
+    first_row = jnp.where(jnp.arange(s) < s - t, jnp.abs(first_row), 0)
+    cotangents = normal(2, (b, t, n, h), (b, t, n), (b, t))
+    cotangents[0] = cotangents[0].astype(jnp.float16)
+    return (*arrays, first_row), cotangents
+
+
+@functools.partial(jax.jit, static_argnames="memory_tau")
+def plain(arrays, cotangents, memory_tau=None):
+    """Outputs and gradients of the jnp form."""
+
+    def attend(*arrays):
+        return selective_attention(
+            *arrays[:3],
+            initial_mask=arrays[3],
+            memory_tau=memory_tau,
+            return_lse=True,
+            implementation="xla",
+        )
+
+    outputs, pullback = jax.vjp(attend, *arrays)
+    cotangents = [x.astype(y.dtype) for x, y in zip(cotangents, outputs, strict=False)]
+    return outputs, pullback(tuple(cotangents))
+
+
+@pytest.mark.usefixtures("no_races")
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_jnp_form(monkeypatch, backward, name):
+    case = dict(CASES[name])
+    tau, slices = case.pop("memory_tau", None), case.pop("slices", 1)
+    for limit in ("CHUNK_BYTES", "GRADIENT_BYTES"):
+        size = case.get("chunk_bytes", getattr(kernel, limit))
+        monkeypatch.setattr(kernel, limit, size)
+    case.pop("chunk_bytes", None)
+    arrays, cotangents = inputs(**case)
+    exact = [x.astype(jnp.float32) for x in arrays]
+    (out, lse, *_), expected = plain(exact, cotangents, tau)
+    _, same_dtype = plain(arrays, cotangents, tau)
+    if tau is None:
+        cotangents[2] = None
+    actual = backward(arrays, out, lse, cotangents, slices=slices, tau=tau)
+    for x, y, z in zip(actual, same_dtype, expected, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        assert relative_rms(x, z) <= 2 * relative_rms(y, z)
+
+
+@pytest.mark.usefixtures("no_races")
+def test_skipped_keys_are_not_read(backward):
+    arrays, cotangents = inputs(t=260, n=1)
+    cotangents[2] = None
+    # Every query selects all keys by about 3.
+    query, key, value, first_row = arrays
+    query, key = 0.1 * query + 0.6, 0.1 * key + 0.6
+    skipped, _ = kernel.skipped_tiles(query, key, None, 0.125, 1e-3, 64)
+    assert skipped > 0
+    (out, lse), expected = plain((query, key, value, first_row), cotangents)
+    run = functools.partial(
+        backward, out=out, lse=lse, cotangents=cotangents, skip_error=1e-3
+    )
+    actual = run((query, key, value, first_row))
+    for x, y in zip(actual, expected, strict=True):
+        assert relative_rms(x, y) <= 5e-3
+    # Nobody forgets the first key, and the last queries need none of these.
+    changed = run((query, key, value.at[:, 64:128].set(jnp.nan), first_row))
+    np.testing.assert_array_equal(changed[0][:, 256:, 0], actual[0][:, 256:, 0])
+
+
+def shape(*sizes, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(sizes, dtype)
+
+
+def shapes(b=1, t=4096, n=16, k=16, h=64, dtype=jnp.bfloat16):
+    query, keys = shape(b, t, n, h, dtype=dtype), shape(b, t, k, h, dtype=dtype)
+    per_row = shape(b, t, n, dtype=jnp.float32)
+    return query, keys, keys, query, per_row, per_row
+
+
+def of_a_chunk(query, key, value, out_gradient, shift, delta, skip=False, keep=True):
+    """What the kernels give of the first 512 queries, and of as many keys."""
+    batch, length, heads, width = query.shape
+    group = heads // key.shape[2]
+    options = dict(queries=length, offset=0, scale=0.1)
+    region = jnp.zeros(2, jnp.int32)
+    bias = jnp.zeros((batch, 512, length), jnp.float32)
+    blocks = length // kernel.BLOCK
+    tiles = jnp.zeros((batch, blocks, length // 64), jnp.int32)
+
+    def run(function, tiling, members, tiles, **more):
+        per_row = mosaic_key_gradient.statistics(shift, delta, members, length)
+        arrays = query, key, value, bias, per_row, out_gradient, tiles, region
+        return function(*arrays, tiling=tiling, **options, **more)
+
+    return run(
+        mosaic_query_gradient.query_gradient,
+        tiling := mosaic_query_gradient.tiling(width, heads, group),
+        tiling.pack,
+        (tiles, tiles[:, :, 0]) if skip else None,
+        block=kernel.BLOCK,
+    ), run(
+        mosaic_key_gradient.key_gradients,
+        tiling := mosaic_key_gradient.tiling(width, heads, group),
+        tiling.members,
+        tiles[:, :, 0],
+        keep=keep,
+    )
+
+
+# Lowering fails if a thread block takes more shared memory than there is.
+@pytest.mark.parametrize(
+    ("arrays", "options"),
+    [
+        (shapes(b=4), {}),
+        (shapes(t=1024, n=3, k=3, h=128, dtype=jnp.float16), dict(keep=False)),
+        (shapes(n=32, k=8, h=128), dict(skip=True)),
+        (shapes(n=32, k=2), {}),
+        (shapes(n=8, k=1, h=128), {}),
+    ],
+)
+def test_lowers_for_hopper(lower_for_h100, arrays, options):
+    text = lower_for_h100(functools.partial(of_a_chunk, **options), *arrays)
+    assert text.count("mosaic_gpu_v2") == 2
+
+
+@pytest.mark.usefixtures("x64")
+def test_lowers_where_types_of_64_bits_are_on(lower_for_h100):
+    function = functools.partial(of_a_chunk, skip=True)
+    assert "mosaic_gpu_v2" in lower_for_h100(function, *shapes())
+
+
+def test_lowers_under_shard_map_and_vmap():
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    mesh = jax.sharding.AbstractMesh(
+        (2,), ("data",), (AxisType.Auto,), abstract_device=device
+    )
+    spec = PartitionSpec("data")
+    sharded = jax.shard_map(
+        jax.vmap(of_a_chunk), mesh=mesh, in_specs=spec, out_specs=spec
+    )
+    arrays = [shape(4, *x.shape, dtype=x.dtype) for x in shapes(b=2, t=1024)]
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(sharded).trace(*arrays).lower(lowering_platforms=("cuda",))
+    assert "mosaic_gpu_v2" in lowered.as_text()
