@@ -51,7 +51,10 @@ def test_numerical_gate(monkeypatch, name):
     cases = {x: case for x, case in module.cases(**sizes).items() if x in KERNELS}
     first = next(iter(cases.values()))
     out = jax.eval_shape(first.function, *first.arrays, *first.constants)
-    cotangent = jax.random.normal(jax.random.key(9), out.shape, out.dtype)
+    # Drawn in 16 bits it would have 128 values with a mean of -0.012: products with
+    # one number are then rounded in the same direction more often than not, and sums
+    # over many heads add that up.
+    cotangent = jax.random.normal(jax.random.key(9), out.shape).astype(out.dtype)
     actual = {x: results(case, case.arrays, cotangent) for x, case in cases.items()}
     monkeypatch.setattr(_common, "choose_implementation", lambda *_: "xla")
     plain = results(first, first.arrays, cotangent)
