@@ -9,20 +9,13 @@ import flax.linen as nn
 import jax
 
 
-def to_heads(
-    module: Any,
-    name: str,
-    x: jax.Array,
-    *shape: int,
-    kernel_init: nn.initializers.Initializer = nn.linear.default_kernel_init,
-) -> jax.Array:
+def to_heads(module: Any, name: str, x: jax.Array, *shape: int) -> jax.Array:
     """Maps x [B, T, features] to [B, T, *shape], such as (N, H), without bias."""
     return nn.DenseGeneral(
         shape,
         use_bias=False,
         dtype=module.dtype,
         param_dtype=module.param_dtype,
-        kernel_init=kernel_init,
         name=name,
     )(x)
 

@@ -14,11 +14,6 @@ from jattn.ops import _common
 from jattn.ops.selective import attend_positions, selective_attention
 from jattn.ops.selective_decode import cached_selective_attention
 
-# Weights that give selecting logits, as multiples of what other heads begin with.
-# Selection adds up over queries: with logits of order 1 all but the last few tokens
-# would be forgotten before anything is learned, and what is forgotten hardly learns.
-_SELECTING_SCALE = 0.1
-
 
 class SelectiveCache(struct.PyTreeNode):
     """Keys, values and selection sums of one layer.
@@ -42,13 +37,11 @@ class SelectiveCache(struct.PyTreeNode):
 class SelectiveAttention(nn.Module):
     """Multi-head attention in which head 0 decides what later queries forget.
 
-    Selection has no parameters of its own. It begins weak: head 0's queries are small
-    at first.
-
-    Where the collection "losses" is mutable, the module sows "selective_memory" into
-    it: the mean over rows of ``max_i M_i / n`` (see `jattn.selective_memory`) with n
-    tokens in a row, to be averaged over layers and added to the loss with a small
-    weight (0.1 in the paper) so that the model learns to need few keys.
+    Selection has no parameters of its own. Where the collection "losses" is mutable,
+    the module sows "selective_memory" into it: the mean over rows of
+    ``max_i M_i / n`` (see `jattn.selective_memory`) with n tokens in a row, to be
+    averaged over layers and added to the loss with a small weight (0.1 in the paper)
+    so that the model learns to need few keys.
 
     A variable "budget" in the collection "budgets", an int32 scalar, takes the place
     of the field in calls without a cache: one compiled function tries any budget.
@@ -122,14 +115,7 @@ class SelectiveAttention(nn.Module):
         _common.group_size(self.num_heads, kv_heads)
 
         # query [B, T, N, H], key and value [B, T, K, H]
-        query = to_heads(
-            self,
-            "query",
-            x,
-            self.num_heads,
-            self.head_dim,
-            kernel_init=self._init_query,
-        )
+        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
         key = to_heads(self, "key", x, kv_heads, self.head_dim)
         value = to_heads(self, "value", x, kv_heads, self.head_dim)
         if cache is None:
@@ -154,11 +140,6 @@ class SelectiveAttention(nn.Module):
             )
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
-
-    def _init_query(self, key, shape, dtype):
-        """The queries' first kernel [features, N H]; head 0 selects."""
-        kernel = nn.linear.default_kernel_init(key, shape, dtype)
-        return kernel.at[:, : self.head_dim].multiply(_SELECTING_SCALE)
 
     def _attend(self, query, key, value, segment_ids):
         """Attention within the call; sows the memory loss where it is collected."""

@@ -39,13 +39,6 @@ def test_gradients_reach_every_parameter():
     mixers.check_gradients_reach_every_parameter(make())
 
 
-def test_selection_begins_weak():
-    _, params = initialised(make(num_kv_heads=2))
-    kernel = np.asarray(params["params"]["query"]["kernel"])  # [features, N, H]
-    scale = np.std(kernel, axis=(0, 2))
-    assert scale[0] < 0.2 * np.min(scale[1:])
-
-
 def test_a_budget_is_all_the_cache_holds():
     grown = make(num_kv_heads=2).init_cache(3, 100, jnp.bfloat16)
     pruned = make(num_kv_heads=2, budget=10).init_cache(3, 100, jnp.bfloat16)
