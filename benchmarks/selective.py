@@ -16,7 +16,8 @@ from benchmarks.dense import attention_flops, causal_pairs, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
 from jattn.pallas.selective import mosaic, mosaic_key_gradient, mosaic_query_gradient
-from jattn.pallas.selective.triton import Tiling, skipped_tiles
+from jattn.pallas.selective.triton import skipped_tiles
+from jattn.pallas.selective.work import Tiling
 
 # Far below what bf16 can tell apart.
 SKIP_ERROR = 1e-4

@@ -34,7 +34,7 @@ def unsupported(
     return None
 
 
-def unsupported_mosaic_forward(
+def unsupported_mosaic(
     query: jax.Array, value: jax.Array, *, packed: bool
 ) -> str | None:
     """Why the Mosaic kernel does not support a call that Triton's supports, or None.

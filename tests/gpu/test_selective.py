@@ -16,7 +16,7 @@ from jattn.nn import SelectiveAttention
 from jattn.ops.selective import selective_attention
 from jattn.ops.selective_decode import cached_selective_attention
 from jattn.pallas import tuning
-from jattn.pallas.selective import mosaic
+from jattn.pallas.selective import mosaic, work
 from jattn.pallas.selective import triton as kernel
 from tests.gpu.gate import assert_passes_gate, calls_kernel, rounded
 from tests.support import documents, normal, relative_rms
@@ -91,9 +91,9 @@ def value_and_gradients(arrays, cotangents, *, implementation, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_numerical_gate(monkeypatch, name):
     case = dict(CASES[name])
-    chunk_bytes = case.pop("chunk_bytes", kernel.CHUNK_BYTES)
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk_bytes)
-    monkeypatch.setattr(kernel, "GRADIENT_BYTES", 4 * chunk_bytes)
+    chunk_bytes = case.pop("chunk_bytes", work.CHUNK_BYTES)
+    monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
+    monkeypatch.setattr(work, "GRADIENT_BYTES", 4 * chunk_bytes)
     arrays, options, cotangents = inputs(case)
 
     def run(arrays, implementation):

@@ -10,8 +10,8 @@ import pytest
 from jattn.ops._common import document_starts
 from jattn.ops.selective import selection_mask, selective_attention
 from jattn.pallas import _triton
+from jattn.pallas.selective import by_keys, unsupported, work
 from jattn.pallas.selective import triton as kernel
-from jattn.pallas.selective import unsupported
 from tests.support import (
     assert_equal_up_to_rounding,
     documents,
@@ -36,14 +36,14 @@ CASES = {
 def small_tiles(monkeypatch):
     """Blocks of 32 tokens, because the interpreter is slow."""
     tiles = {
-        "mask": kernel.Tiling(32, 32, 1, 1),
-        "forward": kernel.Tiling(32, 32, 1, 1, heads=2),
-        "query_gradient": kernel.Tiling(32, 16, 1, 1, heads=2),
-        "key_gradient": kernel.Tiling(16, 32, 1, 1, heads=2),
-        "mask_gradient": kernel.Tiling(32, 32, 1, 1),
+        "mask": work.Tiling(32, 32, 1, 1),
+        "forward": work.Tiling(32, 32, 1, 1, heads=2),
+        "query_gradient": work.Tiling(32, 16, 1, 1, heads=2),
+        "key_gradient": work.Tiling(16, 32, 1, 1, heads=2),
+        "mask_gradient": work.Tiling(32, 32, 1, 1),
     }
-    monkeypatch.setattr(kernel, "BLOCK", 32)
-    monkeypatch.setattr(kernel, "tilings", lambda *_: tiles)
+    monkeypatch.setattr(work, "BLOCK", 32)
+    monkeypatch.setattr(work, "tilings", lambda *_: tiles)
 
 
 def inputs(b=1, t=33, s=None, n=2, k=1, h=16, v=16, packed=False):
@@ -94,8 +94,8 @@ def xla_form(segment_ids=None, scale=0.25, memory_tau=None):
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_jnp_form(monkeypatch, case):
     sizes = dict(CASES[case])
-    chunk_bytes = sizes.pop("chunk_bytes", kernel.CHUNK_BYTES)
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk_bytes)
+    chunk_bytes = sizes.pop("chunk_bytes", work.CHUNK_BYTES)
+    monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
     arrays, segment_ids = inputs(**sizes)
     actual = kernel_form(segment_ids)(*arrays)
     expected = xla_form(segment_ids)(*arrays)
@@ -106,7 +106,7 @@ def test_equals_the_jnp_form(monkeypatch, case):
 @pytest.mark.parametrize("case", ["no multiple of anything", "packed", "in chunks"])
 def test_memory_term_equals_the_jnp_forms(monkeypatch, case):
     sizes = dict(CASES[case])
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", sizes.pop("chunk_bytes", 2**20))
+    monkeypatch.setattr(work, "CHUNK_BYTES", sizes.pop("chunk_bytes", 2**20))
     arrays, segment_ids = inputs(**sizes)
     actual = kernel_form(segment_ids, memory_tau=0.7)(*arrays)
     expected = xla_form(segment_ids, memory_tau=0.7)(*arrays)
@@ -129,9 +129,9 @@ def test_memory_term_where_the_mask_is_tau():
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("heads", [4, 8])
 def test_gradients_of_logits_are_kept_for_many_heads(monkeypatch, heads):
-    tiles = dict(kernel.tilings(None, None))
-    tiles["key_gradient"] = kernel.Tiling(16, 16, 1, 1, heads=4)
-    monkeypatch.setattr(kernel, "tilings", lambda *_: tiles)
+    tiles = dict(work.tilings(None, None))
+    tiles["key_gradient"] = work.Tiling(16, 16, 1, 1, heads=4)
+    monkeypatch.setattr(work, "tilings", lambda *_: tiles)
     arrays, segment_ids = inputs(t=40, s=50, n=heads, k=1, packed=True)
     expected = xla_form(segment_ids, memory_tau=0.7)(*arrays)
     names = []
@@ -157,7 +157,7 @@ def test_the_tilings_for_a_gpu_agree():
 def test_key_tiles_are_divided_among_programs(monkeypatch):
     arrays, _ = inputs(t=64)
     plain = kernel_form()(*arrays)
-    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    monkeypatch.setattr(by_keys, "PROGRAMS", 1)
     whole = kernel_form()(*arrays)
     jax.tree.map(assert_equal_up_to_rounding, whole, plain)
     assert any(np.any(x != y) for x, y in zip(whole, plain, strict=True))
@@ -174,9 +174,9 @@ def selecting(t):
 @pytest.mark.parametrize("packed", [False, True])
 def test_skipping_stays_within_its_error(monkeypatch, packed):
     t, error = 96, 1e-2
-    monkeypatch.setattr(kernel, "BLOCK", 16)
-    tiles = dict.fromkeys(kernel.tilings(None, None), kernel.Tiling(16, 16, 1, 1))
-    monkeypatch.setattr(kernel, "tilings", lambda *_: tiles)
+    monkeypatch.setattr(work, "BLOCK", 16)
+    tiles = dict.fromkeys(work.tilings(None, None), work.Tiling(16, 16, 1, 1))
+    monkeypatch.setattr(work, "tilings", lambda *_: tiles)
     segment_ids = documents(80, 16) if packed else None
     arrays = query, key, value, _ = selecting(t)
     skipped, causal = kernel.skipped_tiles(query, key, segment_ids, 0.25, error, 16)

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jattn.ops.selective import selective_attention
 from jattn.pallas import _mosaic, _triton, tuning
-from jattn.pallas.selective import mosaic, unsupported_mosaic_forward
+from jattn.pallas.selective import mosaic, unsupported_mosaic, work
 from jattn.pallas.selective import triton as kernel
 from tests.support import normal, relative_rms
 
@@ -64,8 +64,8 @@ def run(arrays, tiling, **options):
 def test_equals_the_jnp_form(monkeypatch, name):
     case = dict(CASES[name])
     tiling, memory_tau = case.pop("tiling"), case.pop("memory_tau", None)
-    chunk_bytes = case.pop("chunk_bytes", kernel.CHUNK_BYTES)
-    monkeypatch.setattr(kernel, "CHUNK_BYTES", chunk_bytes)
+    chunk_bytes = case.pop("chunk_bytes", work.CHUNK_BYTES)
+    monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
     arrays = inputs(**case)
 
     def plain(arrays):
@@ -188,5 +188,5 @@ def test_says_what_it_does_not_support(monkeypatch, changes, reason):
     monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
     packed = changes.pop("packed", False)
     query, _, value = shapes(**changes)
-    actual = unsupported_mosaic_forward(query, value, packed=packed)
+    actual = unsupported_mosaic(query, value, packed=packed)
     assert actual == reason or reason in actual

@@ -17,6 +17,8 @@ from jattn.ops.selective import selective_attention
 from jattn.pallas import _mosaic, tuning
 from jattn.pallas.selective import mosaic_key_gradient, mosaic_query_gradient
 from jattn.pallas.selective import triton as kernel
+from jattn.pallas.selective import work as shared
+from jattn.pallas.selective.work import Work
 from tests.support import normal, relative_rms
 
 # Sizes by name. Rings go through all of their slots.
@@ -38,7 +40,7 @@ def backward(monkeypatch):
         query, key, value, first_row = arrays
         heads, group = query.shape[2], query.shape[2] // key.shape[2]
         width = query.shape[-1]
-        work = kernel._Work(query, key, value, None, width**-0.5, skip_error, tau)
+        work = Work(query, key, value, None, width**-0.5, skip_error, tau)
         monkeypatch.setattr(mosaic_key_gradient, "_slices", lambda *_: slices)
         forced = {
             "selective_key_gradient_mosaic": dataclasses.replace(
@@ -53,7 +55,9 @@ def backward(monkeypatch):
                 stack.enter_context(tuning.force(name, tiling))
             # Not under jit, which would run both kernels at the same time.
             carries = work.carries(first_row)
-            return work.backward(carries, out.astype(query.dtype), lse, *cotangents)
+            return kernel.backward(
+                work, carries, out.astype(query.dtype), lse, *cotangents
+            )
 
     return backward
 
@@ -94,8 +98,8 @@ def test_equals_the_jnp_form(monkeypatch, backward, name):
     case = dict(CASES[name])
     tau, slices = case.pop("memory_tau", None), case.pop("slices", 1)
     for limit in ("CHUNK_BYTES", "GRADIENT_BYTES"):
-        size = case.get("chunk_bytes", getattr(kernel, limit))
-        monkeypatch.setattr(kernel, limit, size)
+        size = case.get("chunk_bytes", getattr(shared, limit))
+        monkeypatch.setattr(shared, limit, size)
     case.pop("chunk_bytes", None)
     arrays, cotangents = inputs(**case)
     exact = [x.astype(jnp.float32) for x in arrays]
@@ -148,7 +152,7 @@ def of_a_chunk(query, key, value, out_gradient, shift, delta, skip=False, keep=T
     options = dict(queries=length, offset=0, scale=0.1)
     region = jnp.zeros(2, jnp.int32)
     bias = jnp.zeros((batch, 512, length), jnp.float32)
-    blocks = length // kernel.BLOCK
+    blocks = length // shared.BLOCK
     tiles = jnp.zeros((batch, blocks, length // 64), jnp.int32)
 
     def run(function, tiling, members, tiles, **more):
@@ -161,7 +165,7 @@ def of_a_chunk(query, key, value, out_gradient, shift, delta, skip=False, keep=T
         tiling := mosaic_query_gradient.tiling(width, heads, group),
         tiling.pack,
         (tiles, tiles[:, :, 0]) if skip else None,
-        block=kernel.BLOCK,
+        block=shared.BLOCK,
     ), run(
         mosaic_key_gradient.key_gradients,
         tiling := mosaic_key_gradient.tiling(width, heads, group),
