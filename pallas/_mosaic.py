@@ -6,10 +6,13 @@ NaN. It keeps its state in global variables: one kernel at a time, so not under
 shard_map over several host devices.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from jattn.pallas import _device
@@ -36,6 +39,19 @@ def interpretation() -> plgpu.InterpretGPUParams | None:
     return None if platform == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
 
 
+def matrix(*shape: int, dtype: Any) -> Any:
+    """Shared memory for operands of matrix instructions, the last two axes theirs."""
+    # Their base class is abstract by accident.
+    tile = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore
+    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
+    return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
+
+
+def barriers(number: int, arrivals: int) -> plgpu.Barrier:
+    """So many barriers, each of which waits for so many arrivals."""
+    return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
+
+
 def store(ref, value) -> None:
     """Writes from registers to global memory, a few bytes of a thread at a time."""
     # JAX 0.12 asks whether that is meant; 0.11 has no function for it.
@@ -59,3 +75,26 @@ def ceil_div(x, divisor: int):
 def following(slot, slots: int):
     """The slot of a ring of buffers after this one."""
     return jnp.where(slot + 1 == slots, 0, slot + 1)
+
+
+def padded(x: jax.Array, axis: int, length: int, value: float = 0.0) -> jax.Array:
+    """Fills x up to that length with a value."""
+    padding = [(0, 0)] * x.ndim
+    padding[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, padding, constant_values=value)
+
+
+def product(x, y):
+    """The product of two matrices in shared memory."""
+
+    def multiply(total):
+        plgpu.wgmma(total, x, y)
+        return total[...]
+
+    shape = x.shape[0], y.shape[1]
+    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
+
+
+def zeros(shape: tuple[int, int]):
+    """An fp32 matrix of zeros in registers."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)

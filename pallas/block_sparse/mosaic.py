@@ -196,16 +196,7 @@ def _memory_types(
     tiling: Tiling, sizes: Sizes, dtype: Any, interpreted: bool
 ) -> dict[str, Any]:
     """The types of _Memory's attributes."""
-
-    def matrix(*shape):
-        # Their base class is abstract by accident.
-        tile = plgpu.TilingTransform((8, 64))  # pyright: ignore
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
-        return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
-
-    def barrier(number, arrivals):
-        return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
-
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     consumers, slots = tiling.consumers, tiling.slots
     # What is copied has to start at a multiple of ALIGNMENT: of a smaller group's
     # numbers, it does in one of several arrays, each shifted by one group more.
@@ -217,10 +208,10 @@ def _memory_types(
         "query": matrix(consumers, slots, ROWS, sizes.width),
         "lse": plgpu.SMEM((consumers, slots, copies, ROWS + ALIGNMENT), jnp.float32),
         "weights": matrix(consumers, ROWS, BLOCK) if interpreted else None,
-        "block_full": barrier(BLOCK_SLOTS, 2),
-        "block_empty": barrier(BLOCK_SLOTS, consumers),
-        "query_full": barrier(consumers * slots, sizes.tokens),
-        "query_empty": barrier(consumers * slots, 1),
+        "block_full": _mosaic.barriers(BLOCK_SLOTS, 2),
+        "block_empty": _mosaic.barriers(BLOCK_SLOTS, consumers),
+        "query_full": _mosaic.barriers(consumers * slots, sizes.tokens),
+        "query_empty": _mosaic.barriers(consumers * slots, 1),
     }
 
 

@@ -239,23 +239,15 @@ def _memory_types(
     """The types of _Memory's attributes."""
     consumers = tiling.consumers
 
-    def matrix(*shape):
-        # Their base class is abstract by accident.
-        tile = plgpu.TilingTransform((8, 64))  # pyright: ignore
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
-        return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
-
-    def barrier(number, arrivals):
-        return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
-
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     return {
         "query": matrix(QUERY_SLOTS, consumers, ROWS, sizes.width),
         "ring": matrix(tiling.slots, tiling.keys, sizes.width),
         "weights": matrix(consumers, ROWS, tiling.keys) if interpreted else None,
-        "query_full": barrier(QUERY_SLOTS, consumers * sizes.parts),
-        "query_empty": barrier(QUERY_SLOTS, consumers),
-        "ring_full": barrier(tiling.slots, 1),
-        "ring_empty": barrier(tiling.slots, consumers)
+        "query_full": _mosaic.barriers(QUERY_SLOTS, consumers * sizes.parts),
+        "query_empty": _mosaic.barriers(QUERY_SLOTS, consumers),
+        "ring_full": _mosaic.barriers(tiling.slots, 1),
+        "ring_empty": _mosaic.barriers(tiling.slots, consumers)
         if tiling.cluster == 1
         else plgpu.ClusterBarrier(
             collective_axes=(PAIR,),

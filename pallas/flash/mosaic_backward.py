@@ -16,7 +16,6 @@ R = T G rows of a kv head.
 
 import dataclasses
 import math
-from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -146,7 +145,7 @@ def statistics(
         batch = x.shape[0]
         x = x.reshape(batch, sizes.queries, sizes.kv_heads, sizes.group).swapaxes(1, 2)
         x = x.reshape(batch, sizes.kv_heads, -1)
-        return padded(x, 2, sizes.padded_rows, filling)
+        return _mosaic.padded(x, 2, sizes.padded_rows, filling)
 
     return jnp.stack([by_row(shift, jnp.inf), by_row(delta, 0)], axis=2)
 
@@ -158,27 +157,7 @@ def rows(x: jax.Array, sizes: Sizes) -> jax.Array:
     if sizes.direct:
         return x
     x = x.swapaxes(1, 2).reshape(batch, sizes.kv_heads, -1, width)
-    return padded(x, 2, sizes.padded_rows)
-
-
-def padded(x: jax.Array, axis: int, length: int, value: float = 0.0) -> jax.Array:
-    """Fills x up to that length with a value."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, length - x.shape[axis])
-    return jnp.pad(x, padding, constant_values=value)
-
-
-def matrix(*shape: int, dtype: Any) -> Any:
-    """Shared memory for operands of matrix instructions, the last two axes theirs."""
-    # Their base class is abstract by accident.
-    tile = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore
-    swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
-    return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
-
-
-def barriers(number: int, arrivals: int) -> plgpu.Barrier:
-    """So many barriers, each of which waits for so many arrivals."""
-    return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
+    return _mosaic.padded(x, 2, sizes.padded_rows)
 
 
 def for_parts(batch, kv_head, first_row, sizes: Sizes, function) -> None:
@@ -205,19 +184,3 @@ def for_parts(batch, kv_head, first_row, sizes: Sizes, function) -> None:
         there = jnp.minimum(token, sizes.queries - 1)
         tile_rows = pl.ds(pl.multiple_of(i * sizes.group, sizes.group), sizes.group)
         function((batch, there, kv_head), tile_rows, token < sizes.queries)
-
-
-def product(x, y):
-    """The product of two matrices in shared memory."""
-
-    def multiply(total):
-        plgpu.wgmma(total, x, y)
-        return total[...]
-
-    shape = x.shape[0], y.shape[1]
-    return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
-
-
-def zeros(shape: tuple[int, int]):
-    """An fp32 matrix of zeros in registers."""
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)

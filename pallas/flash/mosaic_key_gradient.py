@@ -90,7 +90,7 @@ def key_gradients(
     split = len(units) > tiles
     interpret = _mosaic.interpretation()
     operands = (
-        *(shared.padded(x, 1, tiles * tiling.keys) for x in (key, value)),
+        *(_mosaic.padded(x, 1, tiles * tiling.keys) for x in (key, value)),
         *(shared.rows(x, sizes) for x in (query, out_gradient)),
         statistics,
         jnp.asarray(units),
@@ -150,8 +150,7 @@ def _memory_types(
     tiling: Tiling, sizes: shared.Sizes, dtype: Any, interpreted: bool
 ) -> dict[str, Any]:
     """The types of _Memory's attributes."""
-    matrix = functools.partial(shared.matrix, dtype=dtype)
-    barriers = shared.barriers
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     keys = matrix(CONSUMERS, KEYS, sizes.width)
     rows = matrix(tiling.slots, ROWS, sizes.width)
     return {
@@ -161,9 +160,9 @@ def _memory_types(
         "out_gradient": rows,
         "statistics": plgpu.SMEM((tiling.slots, 2, ROWS), jnp.float32),
         "weights": matrix(CONSUMERS, KEYS, ROWS) if interpreted else None,
-        "keys_full": barriers(1, 2 * CONSUMERS),
-        "full": barriers(tiling.slots, 2 * sizes.parts + 1),
-        "empty": barriers(tiling.slots, CONSUMERS),
+        "keys_full": _mosaic.barriers(1, 2 * CONSUMERS),
+        "full": _mosaic.barriers(tiling.slots, 2 * sizes.parts + 1),
+        "empty": _mosaic.barriers(tiling.slots, CONSUMERS),
     }
 
 
@@ -312,7 +311,7 @@ class _Consumer:
         seen = lax.broadcast_in_dim(begin < end, shape, [0])
         factors = self.sizes.scale, 1.0
         for target, gradient, factor in zip(targets, gradients, factors, strict=True):
-            gradient = jnp.where(seen, gradient * factor, shared.zeros(shape))
+            gradient = jnp.where(seen, gradient * factor, _mosaic.zeros(shape))
             keys = pl.ds(self._first_key(unit), KEYS)
             if self.split:
                 part = target.at[unit.kv_row, unit.place, pl.ds(self.me * KEYS, KEYS)]
@@ -345,7 +344,7 @@ class _Consumer:
             plgpu.barrier_arrive(memory.empty.at[slot])
             return carry
 
-        carry = (shared.zeros((KEYS, sizes.width)),) * 2
+        carry = (_mosaic.zeros((KEYS, sizes.width)),) * 2
         plgpu.barrier_wait(memory.keys_full)
         first, last = self._edges()
         steps = [functools.partial(step, edges=x) for x in (first, "", last)]
@@ -416,8 +415,8 @@ class _Consumer:
             return weights * (gradient - self._per_row(slot, 1))
 
         if memory.weights is not None:
-            weights = weigh(shared.product(key, query.transpose((1, 0))))
-            gradient = shared.product(value, out_gradient.transpose((1, 0)))
+            weights = weigh(_mosaic.product(key, query.transpose((1, 0))))
+            gradient = _mosaic.product(value, out_gradient.transpose((1, 0)))
             gradient = differentiate(weights, gradient)
             staged = memory.weights.at[self.me]
             sums = []
@@ -427,7 +426,7 @@ class _Consumer:
             ):
                 staged[...] = x.astype(staged.dtype)
                 plgpu.commit_smem()
-                sums.append(total + shared.product(staged, y))
+                sums.append(total + _mosaic.product(staged, y))
             return sums[1], sums[0]
 
         def multiply(references):
@@ -441,7 +440,7 @@ class _Consumer:
             gradient = differentiate(weights, gradient)
             plgpu.wgmma(key_gradient, gradient.astype(query.dtype), query)
 
-        square = shared.zeros((KEYS, ROWS))
+        square = _mosaic.zeros((KEYS, ROWS))
         key_gradient, value_gradient, _, _ = pl.run_state(multiply)(
             tuple(
                 plgpu.WGMMAAccumulatorRef.init(x)

@@ -107,7 +107,7 @@ def _readable(x: jax.Array, sizes: shared.Sizes) -> jax.Array:
     if sizes.window is not None:
         hidden = (sizes.offset - sizes.window) // sizes.stride + 1
         hidden = min(max(hidden, 0), sizes.keys)
-    x = shared.padded(x[:, hidden:], 1, -(-sizes.keys // KEYS) * KEYS + KEYS - hidden)
+    x = _mosaic.padded(x[:, hidden:], 1, -(-sizes.keys // KEYS) * KEYS + KEYS - hidden)
     return jnp.pad(x, [(0, 0), (hidden, 0), (0, 0), (0, 0)])
 
 
@@ -146,8 +146,7 @@ def _memory_types(
     tiling: Tiling, sizes: shared.Sizes, dtype: Any, interpreted: bool
 ) -> dict[str, Any]:
     """The types of _Memory's attributes."""
-    matrix = functools.partial(shared.matrix, dtype=dtype)
-    barriers = shared.barriers
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     rows = matrix(CONSUMERS, ROWS, sizes.width)
     keys = matrix(tiling.slots, KEYS, sizes.width)
     return {
@@ -158,10 +157,10 @@ def _memory_types(
         "value": keys,
         "result": rows,
         "weights": matrix(CONSUMERS, ROWS, KEYS) if interpreted else None,
-        "rows_full": barriers(CONSUMERS, 2 * sizes.parts + 1),
-        "rows_empty": barriers(CONSUMERS, 1),
-        "full": barriers(tiling.slots, 2),
-        "empty": barriers(tiling.slots, CONSUMERS),
+        "rows_full": _mosaic.barriers(CONSUMERS, 2 * sizes.parts + 1),
+        "rows_empty": _mosaic.barriers(CONSUMERS, 1),
+        "full": _mosaic.barriers(tiling.slots, 2),
+        "empty": _mosaic.barriers(tiling.slots, CONSUMERS),
     }
 
 
@@ -351,7 +350,7 @@ class _Consumer:
             plgpu.barrier_arrive(memory.empty.at[slot])
             return _mosaic.following(slot, memory.key.shape[0]), total
 
-        carry = slot, shared.zeros((ROWS, sizes.width))
+        carry = slot, _mosaic.zeros((ROWS, sizes.width))
         begin = np.int32(0)
         stretches = [("", item.whole_end), ("end", item.steps)]
         if sizes.window is not None:
@@ -412,13 +411,13 @@ class _Consumer:
 
         if memory.weights is not None:
             me = self.me
-            weights = weigh(shared.product(memory.query.at[me], key.transpose((1, 0))))
-            gradient = shared.product(
+            weights = weigh(_mosaic.product(memory.query.at[me], key.transpose((1, 0))))
+            gradient = _mosaic.product(
                 memory.out_gradient.at[me], value.transpose((1, 0))
             )
             memory.weights[me] = differentiate(weights, gradient)
             plgpu.commit_smem()
-            return total + shared.product(memory.weights.at[me], key)
+            return total + _mosaic.product(memory.weights.at[me], key)
 
         def multiply(references):
             total, logits, gradient = references
@@ -428,7 +427,7 @@ class _Consumer:
             gradient = plgpu.wgmma_accumulator_load(gradient, wait_n=0)
             plgpu.wgmma(total, differentiate(weights, gradient), key)
 
-        square = shared.zeros((ROWS, KEYS))
+        square = _mosaic.zeros((ROWS, KEYS))
         total, _, _ = pl.run_state(multiply)(
             tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in (total, square, square))
         )

@@ -217,23 +217,15 @@ def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     slots, key_slots = tiling.slots, tiling.key_slots * tiling.consumers
 
-    def matrix(*shape):
-        # Their base class is abstract by accident.
-        tile = plgpu.TilingTransform((8, 64))  # pyright: ignore
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
-        return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
-
-    def barrier(number, arrivals):
-        return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
-
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     return {
         "query": matrix(slots, ROWS, sizes.width),
         "key": matrix(key_slots, COLUMNS, sizes.width),
-        "query_full": barrier(slots, 1),
-        "query_empty": barrier(slots, tiling.consumers),
-        "key_full": barrier(key_slots, sizes.cells),
-        "key_empty": barrier(key_slots, 1),
-        "product_done": barrier(2 * tiling.consumers, 1),
+        "query_full": _mosaic.barriers(slots, 1),
+        "query_empty": _mosaic.barriers(slots, tiling.consumers),
+        "key_full": _mosaic.barriers(key_slots, sizes.cells),
+        "key_empty": _mosaic.barriers(key_slots, 1),
+        "product_done": _mosaic.barriers(2 * tiling.consumers, 1),
     }
 
 

@@ -226,12 +226,7 @@ def _memory_types(
     tiling: Tiling, sizes: Sizes, dtype: Any, interpreted: bool
 ) -> dict[str, Any]:
     """The types of _Memory's attributes."""
-
-    def matrix(*shape):
-        # Their base class is abstract by accident.
-        tile = plgpu.TilingTransform((8, 64))  # pyright: ignore
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
-        return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
 
     def full(slots, copies):
         return plgpu.Barrier(num_barriers=slots, num_arrivals=copies)

@@ -28,7 +28,6 @@ import numpy as np
 from jax import lax
 
 from jattn.pallas import _device, _mosaic, _triton
-from jattn.pallas.flash import mosaic_backward as flash
 from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E, MATRIX
 from jattn.pallas.selective import mosaic_fragments as fragments
 
@@ -107,7 +106,7 @@ def statistics(
     batch, _, heads = shift.shape
 
     def by_row(x, filling):
-        x = flash.padded(x, 1, rows, filling)
+        x = _mosaic.padded(x, 1, rows, filling)
         x = x.reshape(batch, -1, ROWS // members, heads // members, members)
         return x.transpose(0, 3, 1, 4, 2).reshape(batch, heads // members, -1)
 
@@ -301,7 +300,6 @@ def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any
         swizzle = plgpu.SwizzleTransform(swizzle)  # pyright: ignore
         return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
 
-    barriers = flash.barriers
     keys = matrix(kv_heads, CONSUMERS, KEYS, sizes.width)
     rows = matrix(slots, kv_heads, sizes.rows, sizes.width)
     bias = (
@@ -318,9 +316,9 @@ def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any
         "bias": plgpu.SMEM(bias, jnp.float32),
         "statistics": plgpu.SMEM((slots, 2, ROWS), jnp.float32),
         "weights": matrix(CONSUMERS, KEYS, sizes.rows) if interpreted else None,
-        "keys_full": barriers(1, 2 * CONSUMERS * kv_heads),
-        "full": barriers(slots, 2 * tiling.members + 2),
-        "empty": barriers(slots, CONSUMERS),
+        "keys_full": _mosaic.barriers(1, 2 * CONSUMERS * kv_heads),
+        "full": _mosaic.barriers(slots, 2 * tiling.members + 2),
+        "empty": _mosaic.barriers(slots, CONSUMERS),
     }
 
 
@@ -528,7 +526,7 @@ class _Consumer:
                 self._keep(kept, unit, i, gradient)
             return _mosaic.following(slot, sizes.tiling.slots), gradients
 
-        zeros = flash.zeros((KEYS, sizes.width))
+        zeros = _mosaic.zeros((KEYS, sizes.width))
         carry = jnp.int32(0), ((zeros, zeros),) * sizes.tiling.kv_heads
         plgpu.barrier_wait(memory.keys_full)
         carry = lax.fori_loop(unit.begin, unseen, skip, carry)
@@ -601,17 +599,17 @@ class _Consumer:
             staged = memory.weights.at[self.me]
             sums, of_logits = [], []
             for i, (key_gradient, value_gradient) in enumerate(gradients):
-                logits = flash.product(key(i), query(i).transpose((1, 0))) + bias
+                logits = _mosaic.product(key(i), query(i).transpose((1, 0))) + bias
                 weights = weigh(i, logits)
-                gradient = flash.product(value(i), out_gradient(i).transpose((1, 0)))
+                gradient = _mosaic.product(value(i), out_gradient(i).transpose((1, 0)))
                 gradient = differentiate(i, weights, gradient)
                 of_logits.append(gradient)
                 staged[...] = weights.astype(staged.dtype)
                 plgpu.commit_smem()
-                value_gradient += flash.product(staged, out_gradient(i))
+                value_gradient += _mosaic.product(staged, out_gradient(i))
                 staged[...] = gradient.astype(staged.dtype)
                 plgpu.commit_smem()
-                key_gradient += flash.product(staged, query(i))
+                key_gradient += _mosaic.product(staged, query(i))
                 sums.append((key_gradient, value_gradient))
             return tuple(sums), total(of_logits)
 
@@ -640,10 +638,10 @@ class _Consumer:
         accumulators = (
             gradients,
             [bias for _ in kv_heads],
-            [flash.zeros(square) for _ in kv_heads],
+            [_mosaic.zeros(square) for _ in kv_heads],
         )
         accumulators = jax.tree.map(plgpu.WGMMAAccumulatorRef.init, accumulators)
-        kept = [flash.zeros((KEYS, sizes.tokens))] if sizes.keep else []
+        kept = [_mosaic.zeros((KEYS, sizes.tokens))] if sizes.keep else []
         gradients, _, _, kept = pl.run_state(multiply)((*accumulators, kept))
         return gradients, kept[0] if kept else None
 

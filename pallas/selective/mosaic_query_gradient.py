@@ -26,7 +26,6 @@ import numpy as np
 from jax import lax
 
 from jattn.pallas import _device, _mosaic, _triton
-from jattn.pallas.flash import mosaic_backward as flash
 from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E, MATRIX, ROWS
 from jattn.pallas.selective import mosaic_fragments as fragments
 
@@ -248,8 +247,7 @@ class _Memory:
 
 def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any]:
     """The types of _Memory's attributes."""
-    matrix = functools.partial(flash.matrix, dtype=dtype)
-    barriers = flash.barriers
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     kv_heads, slots = sizes.tiling.kv_heads, sizes.tiling.slots
     rows = matrix(CONSUMERS, kv_heads, ROWS, sizes.width)
     keys = matrix(slots, kv_heads, KEYS, sizes.width)
@@ -268,10 +266,12 @@ def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any
         "bias": plgpu.SMEM(bias, jnp.float32),
         "result": rows,
         "weights": matrix(CONSUMERS, ROWS, KEYS) if interpreted else None,
-        "rows_full": barriers(CONSUMERS, (2 * sizes.tiling.pack + 1) * kv_heads),
-        "rows_empty": barriers(CONSUMERS, 1),
-        "full": barriers(slots, 2 * kv_heads + 1),
-        "empty": barriers(slots, CONSUMERS),
+        "rows_full": _mosaic.barriers(
+            CONSUMERS, (2 * sizes.tiling.pack + 1) * kv_heads
+        ),
+        "rows_empty": _mosaic.barriers(CONSUMERS, 1),
+        "full": _mosaic.barriers(slots, 2 * kv_heads + 1),
+        "empty": _mosaic.barriers(slots, CONSUMERS),
     }
 
 
@@ -521,7 +521,7 @@ class _Consumer:
             plgpu.barrier_arrive(memory.empty.at[slot])
             return _mosaic.following(slot, sizes.tiling.slots), totals
 
-        carry = slot, tuple(flash.zeros((ROWS, sizes.width)) for _ in kv_heads)
+        carry = slot, tuple(_mosaic.zeros((ROWS, sizes.width)) for _ in kv_heads)
         plain, edge = (functools.partial(attend_step, edge=x) for x in (False, True))
         carry = lax.fori_loop(0, item.whole, plain, carry)
         slot, totals = lax.fori_loop(item.whole, item.steps, edge, carry)
@@ -585,12 +585,12 @@ class _Consumer:
         if memory.weights is not None:
             me = self.me
             query = memory.query.at[me, kv_head]
-            logits = flash.product(query, key().transpose((1, 0))) + bias
+            logits = _mosaic.product(query, key().transpose((1, 0))) + bias
             out_gradient = memory.out_gradient.at[me, kv_head]
-            gradient = flash.product(out_gradient, value().transpose((1, 0)))
+            gradient = _mosaic.product(out_gradient, value().transpose((1, 0)))
             memory.weights[me] = differentiate(weigh(logits), gradient)
             plgpu.commit_smem()
-            return total + flash.product(memory.weights.at[me], key())
+            return total + _mosaic.product(memory.weights.at[me], key())
 
         def multiply(references):
             total, logits, gradient = references
@@ -600,7 +600,7 @@ class _Consumer:
             gradient = plgpu.wgmma_accumulator_load(gradient, wait_n=0)
             plgpu.wgmma(total, differentiate(weights, gradient), key())
 
-        initial = total, bias, flash.zeros((ROWS, KEYS))
+        initial = total, bias, _mosaic.zeros((ROWS, KEYS))
         total, _, _ = pl.run_state(multiply)(
             tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in initial)
         )

@@ -4,11 +4,13 @@ Letters as in `jattn.pallas.simplicial.mosaic`.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
+from jattn.pallas import _mosaic
 from jattn.pallas.simplicial import ROWS
 from jattn.pallas.simplicial import mosaic_items as items
 
@@ -96,16 +98,7 @@ def memory_types(
     interpret,
 ) -> dict[str, Any]:
     """The types of Memory's attributes; the last two dtypes are the few keys'."""
-
-    def matrix(*shape, dtype=dtype):
-        # Their base class is abstract by accident.
-        tile = plgpu.TilingTransform((8, 128 // jnp.dtype(dtype).itemsize))  # pyright: ignore
-        swizzle = plgpu.SwizzleTransform(128)  # pyright: ignore
-        return plgpu.SMEM(shape, dtype, transforms=(tile, swizzle))
-
-    def barrier(number, arrivals):
-        return plgpu.Barrier(num_barriers=number, num_arrivals=arrivals)
-
+    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     width = sizes.width
     few = FEW_SLOTS, items.chunk_rows(sizes, tiling.few)
     return {
@@ -119,12 +112,12 @@ def memory_types(
         ),
         "statistics": plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
         "weights": matrix(CONSUMERS, ROWS, tiling.step) if interpret else None,
-        "query_full": barrier(1, 1),
-        "query_empty": barrier(1, CONSUMERS),
-        "ring_full": barrier(tiling.slots, 1),
-        "ring_empty": barrier(tiling.slots, CONSUMERS),
-        "few_full": barrier(FEW_SLOTS, 2),
-        "few_empty": barrier(FEW_SLOTS, CONSUMERS),
-        "turn": barrier(2 * CONSUMERS, 1),
-        "together": barrier(1, CONSUMERS),
+        "query_full": _mosaic.barriers(1, 1),
+        "query_empty": _mosaic.barriers(1, CONSUMERS),
+        "ring_full": _mosaic.barriers(tiling.slots, 1),
+        "ring_empty": _mosaic.barriers(tiling.slots, CONSUMERS),
+        "few_full": _mosaic.barriers(FEW_SLOTS, 2),
+        "few_empty": _mosaic.barriers(FEW_SLOTS, CONSUMERS),
+        "turn": _mosaic.barriers(2 * CONSUMERS, 1),
+        "together": _mosaic.barriers(1, CONSUMERS),
     }
