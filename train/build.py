@@ -150,6 +150,7 @@ def _stack(config: TrainConfig, mixers: str, num_layers: int) -> dict[str, Any]:
         "experts_per_token": model.experts.top_k,
         "num_shared_experts": model.experts.num_shared,
         "remat": model.remat,
+        "qk_norm": model.qk_norm,
         "dtype": jnp.dtype(config.dtype),
     }
 

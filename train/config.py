@@ -215,6 +215,7 @@ class ModelConfig:
         multiples of 8, if None.
       feed_forward: swiglu or block_diagonal; the latter for monarch if None, as Monarch
         Mixer models have it.
+      qk_norm: Whether queries and keys pass an RMSNorm, in the mixers that have any.
       tie_embeddings: Whether the output layer is the embedding.
       remat: Recompute each layer in the backward pass instead of keeping it.
       implementation: Of the sequence mixers; the fastest one there is if None.
@@ -236,6 +237,7 @@ class ModelConfig:
     head_dim: int | None = None
     hidden: int | None = None
     feed_forward: Literal["swiglu", "block_diagonal"] | None = None
+    qk_norm: bool = False
     tie_embeddings: bool = True
     remat: bool = False
     implementation: Literal["xla", "pallas", "triton"] | None = None

@@ -85,6 +85,7 @@ class BlockStack(nn.Module):
       remat: Recompute each layer in the backward pass instead of keeping it.
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
+      qk_norm: Of the mixers that have it.
 
     Raises:
       ValueError: On construction, if a mixer or an option is unknown or the pattern
@@ -106,6 +107,7 @@ class BlockStack(nn.Module):
     remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    qk_norm: bool = False
 
     def __post_init__(self):
         freeze_fields(self)
@@ -202,7 +204,7 @@ class BlockStack(nn.Module):
             field: getattr(self, field)
             for field in (
                 *("features", "num_heads", "num_kv_heads", "head_dim"),
-                *("dtype", "param_dtype"),
+                *("dtype", "param_dtype", "qk_norm"),
             )
             if field in field_names(cls)
         }

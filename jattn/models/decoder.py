@@ -45,6 +45,7 @@ class DecoderLM(nn.Module):
       dtype: Of the computation; that of the parameters if None. Logits are fp32 (fp64
         if the computation is).
       param_dtype: Of the parameters.
+      qk_norm: Of the mixers that have it.
 
     Raises:
       ValueError: On construction, as for `BlockStack`.
@@ -68,6 +69,7 @@ class DecoderLM(nn.Module):
     remat: bool = False
     dtype: Any = None
     param_dtype: Any = jnp.float32
+    qk_norm: bool = False
 
     def __post_init__(self):
         blocks.freeze_fields(self)

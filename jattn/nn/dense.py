@@ -26,6 +26,8 @@ class DenseAttention(nn.Module):
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       implementation: See `jattn.dense_attention`.
+      qk_norm: Whether queries and keys pass an RMSNorm of their own, each head by
+        itself, before their positions enter.
     """
 
     num_heads: int
@@ -36,6 +38,7 @@ class DenseAttention(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     implementation: _common.Implementation | None = None
+    qk_norm: bool = False
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = jnp.float32
@@ -75,8 +78,10 @@ class DenseAttention(nn.Module):
         _common.group_size(self.num_heads, kv_heads)
 
         # query [B, T, N, H], key and value [B, T, K, H]
-        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
-        key = to_heads(self, "key", x, kv_heads, self.head_dim)
+        query = to_heads(
+            self, "query", x, self.num_heads, self.head_dim, norm=self.qk_norm
+        )
+        key = to_heads(self, "key", x, kv_heads, self.head_dim, norm=self.qk_norm)
         value = to_heads(self, "value", x, kv_heads, self.head_dim)
         if cache is None:
             positions = jnp.broadcast_to(jnp.arange(t), (b, t))

@@ -108,6 +108,8 @@ class NativeSparseAttention(nn.Module):
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       implementation: See `jattn.native_sparse_attention`.
+      qk_norm: Whether queries and keys pass an RMSNorm of their own, each head by
+        itself, before their positions enter.
     """
 
     num_heads: int
@@ -127,6 +129,7 @@ class NativeSparseAttention(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     implementation: _common.Implementation | None = None
+    qk_norm: bool = False
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = jnp.float32
@@ -185,9 +188,11 @@ class NativeSparseAttention(nn.Module):
         kv_heads = self.num_kv_heads or self.num_heads
 
         # [B, T, N, H]
-        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
+        query = to_heads(
+            self, "query", x, self.num_heads, self.head_dim, norm=self.qk_norm
+        )
         # Keys and values of the three branches: [B, T, 3, K, H] and [B, T, 3, K, V].
-        key = to_heads(self, "key", x, 3, kv_heads, self.head_dim)
+        key = to_heads(self, "key", x, 3, kv_heads, self.head_dim, norm=self.qk_norm)
         value = to_heads(self, "value", x, 3, kv_heads, self.value_dim or self.head_dim)
         gates = nn.sigmoid(to_heads(self, "gate", x, self.num_heads, 3))
         compress = self._compression()

@@ -57,6 +57,8 @@ class TwoSimplicialAttention(nn.Module):
       dtype: Of the computation; that of the input and parameters if None.
       param_dtype: Of the parameters.
       implementation: See `jattn.two_simplicial_attention`.
+      qk_norm: Whether queries and keys pass an RMSNorm of their own, each head by
+        itself, before their positions enter.
     """
 
     num_heads: int
@@ -70,6 +72,7 @@ class TwoSimplicialAttention(nn.Module):
     dtype: Any = None
     param_dtype: Any = jnp.float32
     implementation: _common.Implementation | None = None
+    qk_norm: bool = False
 
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = jnp.float32
@@ -123,10 +126,16 @@ class TwoSimplicialAttention(nn.Module):
         kv_heads = self.num_kv_heads or self.num_heads
 
         # [B, T, N, H]
-        query = to_heads(self, "query", x, self.num_heads, self.head_dim)
+        query = to_heads(
+            self, "query", x, self.num_heads, self.head_dim, norm=self.qk_norm
+        )
         new = {
-            name: to_heads(self, name, x, kv_heads, self.head_dim)  # [B, T, K, H]
-            for name in ("key", "value", "key2", "value2")
+            # [B, T, K, H]
+            name: to_heads(self, name, x, kv_heads, self.head_dim, norm=norm)
+            for name, norm in (
+                *(("key", self.qk_norm), ("value", False)),
+                *(("key2", self.qk_norm), ("value2", False)),
+            )
         }
         lengths = caches.all_real(lengths, b, t)
         if cache is None:
