@@ -22,6 +22,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+import tokenizers
 import tyro
 
 from benchmarks.results import environment, replace
@@ -39,46 +41,78 @@ from jattn.train import (
 )
 from jattn.train.budgets import budgets_path, with_budgets
 from jattn.train.build import context_cache_bytes
+from jattn.train.corpus import read_corpus, split_corpus
 from jattn.train.data import Batch, Dataset
 from jattn.train.metrics import Row
-from jattn.train.prune import PruneConfig, prune
+from jattn.train.prune import PruneConfig, make_budget_evaluator, prune
 
 # More batches than the held-out text has.
 _ALL = 10**6
 
 
 def recipe(
-    context: int, *, text: tuple[str, ...] = (), steps: int = 1000, seed: int = 0
+    context: int,
+    *,
+    text: tuple[str, ...] = (),
+    tokenizer: str | None = None,
+    steps: int = 2800,
+    seed: int = 0,
 ) -> TrainConfig:
     """The runs' configuration but for the scheme and the folder.
 
     Layers, heads and width are of the paper's family, in which a model of d layers has
-    d heads of 64. The paper weighs the memory loss by 0.1, for tokens of several bytes;
-    a byte has a fraction of their nats, and its memory gets a fraction of that weight.
+    d heads of 64 and its queries and keys are normalised.
 
     Args:
       context: Tokens of a row; a batch has 65536.
       text: Files and folders; the source of Python's standard library if there are
         none.
+      tokenizer: Its file; bytes are the tokens if None.
       steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
     """
     return TrainConfig(
-        model=ModelConfig(num_layers=6, features=384, num_heads=6),
+        model=ModelConfig(num_layers=6, features=384, num_heads=6, qk_norm=True),
         data=DataConfig(
-            paths=text, context_length=context, batch_size=2**16 // context
+            paths=text,
+            tokenizer=tokenizer,
+            context_length=context,
+            batch_size=2**16 // context,
         ),
         optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
         steps=steps,
         seed=seed,
         dtype="bfloat16",
-        memory_loss_weight=0.01,
+        memory_loss_weight=0.1,
         log_every=20,
         eval_every=100,
         eval_batches=4,
         checkpoint_every=500,
         keep_checkpoints=1,
     )
+
+
+def train_tokenizer(
+    text: tuple[str, ...], vocabulary: int, path: pathlib.Path
+) -> pathlib.Path:
+    """Writes a byte-pair tokenizer of a tenth of the training text to a file."""
+    training, _ = split_corpus(read_corpus(text), DataConfig().validation_fraction)
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+        add_prefix_space=False
+    )
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(
+        (x.text[: len(x.text) // 10].decode(errors="ignore") for x in training), trainer
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace(path, tokenizer.to_str())
+    return path
 
 
 def measure(
@@ -91,8 +125,9 @@ def measure(
 ) -> dict[str, Any]:
     """Trains both models, prunes the selective one and measures all three.
 
-    The search sees the batches of the evaluations during training; what is reported is
-    measured on the whole held-out text.
+    The search sees the batches of the evaluations during training. What is reported is
+    measured on the whole held-out text, with the smallest budgets that it came across
+    and that keep the loss there too.
 
     Args:
       config: Of both runs but for the scheme and the folder.
@@ -104,7 +139,7 @@ def measure(
     Returns:
       What is in the file of results about one context and seed. There, "kept" says
       whose loss the search kept: that of the selective model with its whole cache if
-      it is worse than the dense one.
+      it is worse than the dense one; and "chosen" which of its steps was.
     """
     data = Dataset(config.data, seed=config.seed, align=config.align)
     batches = data.validation_batches(_ALL)
@@ -125,7 +160,8 @@ def measure(
         steps = _search(search(), deadline)
 
     run = load_run(folder / "selective", steps[-1]["step"])
-    pruned = with_budgets(run.config, steps[-1]["budgets"])
+    chosen = _last_within(measured[kept]["loss"], steps, run, batches)
+    pruned = with_budgets(run.config, steps[chosen]["budgets"])
     model = build_model(pruned, run.tokenizer.vocab_size)
     measured["pruned"] = _measure(
         dataclasses.replace(run, config=pruned, model=model), batches
@@ -141,7 +177,7 @@ def measure(
             **data.entropies._asdict(),
         },
         "runs": runs,
-        "search": {"kept": kept, **options, "steps": steps},
+        "search": {"kept": kept, **options, "steps": steps, "chosen": chosen},
         "measured": measured,
     }
 
@@ -156,13 +192,21 @@ def _train(config: TrainConfig, folder: pathlib.Path, scheme: str) -> dict[str, 
         dataclasses.replace(config, model=model, out=str(out)), callback=_show(scheme)
     )
     return {
-        "config": dataclasses.replace(result.config, out=None).to_json(),
+        "config": _without_folders(result.config).to_json(),
         "parameters": result.parameter_count,
         "tokens_per_second": result.tokens_per_second,
         "peak_bytes": result.peak_bytes,
         "skipped": result.skipped,
         "rows": result.rows,
     }
+
+
+def _without_folders(config: TrainConfig) -> TrainConfig:
+    """A configuration that says which files it read but not where they were."""
+    paths = tuple(pathlib.Path(path).name for path in config.data.paths)
+    tokenizer = config.data.tokenizer and pathlib.Path(config.data.tokenizer).name
+    data = dataclasses.replace(config.data, paths=paths, tokenizer=tokenizer)
+    return dataclasses.replace(config, data=data, out=None)
 
 
 def _show(scheme: str) -> Callable[[Row], None]:
@@ -190,6 +234,23 @@ def _search(config: PruneConfig, deadline: float) -> list[dict[str, Any]]:
     return steps
 
 
+def _last_within(
+    limit: float, steps: list[dict[str, Any]], run: TrainedModel, batches: list[Batch]
+) -> int:
+    """The last step of a search with at most that loss on those batches, or the first.
+
+    The losses are kept with the steps they were measured for.
+    """
+    losses = make_budget_evaluator(run.model, run.config, run.params, batches)
+    for i, step in reversed(list(enumerate(steps))):
+        whole = run.config.data.context_length
+        budgets = [whole if budget is None else budget for budget in step["budgets"]]
+        step["whole_text_loss"] = float(losses(np.array([budgets], np.int32))[0])
+        if step["whole_text_loss"] <= limit:
+            return i
+    return 0
+
+
 def _measure(run: TrainedModel, batches: list[Batch]) -> dict[str, Any]:
     """A run on held-out text."""
     evaluate = make_evaluator(run.model, run.config, run.tokenizer.vocab_size)
@@ -209,7 +270,8 @@ def main(
     out: pathlib.Path,
     context: int,
     text: tuple[str, ...] = (),
-    steps: int = 1000,
+    vocabulary: int | None = None,
+    steps: int = 2800,
     seed: int = 0,
     folder: pathlib.Path = pathlib.Path("runs/selective_memory"),
     seconds: float = math.inf,
@@ -221,6 +283,8 @@ def main(
       context: Tokens of a row.
       text: Files and folders; the source of Python's standard library if there are
         none.
+      vocabulary: Tokens of a byte-pair tokenizer that is trained first; bytes are the
+        tokens if None.
       steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
       folder: Of the runs, which go on where they were if they were interrupted.
@@ -229,11 +293,14 @@ def main(
     Returns:
       Exit code.
     """
-    found = measure(
-        recipe(context, text=text, steps=steps, seed=seed),
-        folder / f"{context}_{seed}",
-        deadline=time.perf_counter() + seconds,
-    )
+    deadline = time.perf_counter() + seconds
+    folder = folder / f"{context}_{seed}"
+    tokenizer = None
+    if vocabulary is not None:
+        path = train_tokenizer(text, vocabulary, folder / "tokenizer.json")
+        tokenizer = str(path)
+    config = recipe(context, text=text, tokenizer=tokenizer, steps=steps, seed=seed)
+    found = measure(config, folder, deadline=deadline)
     results = json.loads(out.read_text()) if out.exists() else {"results": []}
     others = [x for x in results["results"] if not _same(x, found)]
     everything = sorted([*others, found], key=lambda x: (x["context"], x["seed"]))

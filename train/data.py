@@ -1,5 +1,6 @@
 """From documents to batches: tokens, pieces of one context, packed rows, batches."""
 
+import itertools
 import os
 import zlib
 from collections.abc import Iterator, Sequence
@@ -39,13 +40,25 @@ class Batch(NamedTuple):
     num_bytes: Any
 
 
+class Encoded(NamedTuple):
+    """A document's tokens.
+
+    Attributes:
+      tokens: int32 [n].
+      num_bytes: int32 [n], how many bytes of text each stands for.
+    """
+
+    tokens: np.ndarray
+    num_bytes: np.ndarray
+
+
 class Tokenizer(Protocol):
     """What text is made of. Ids past vocab_size are free for special tokens."""
 
     vocab_size: int
 
-    def encode(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
-        """Tokens int32 [n], and the bytes each stands for int32 [n]."""
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
+        """What each document consists of."""
         ...
 
     def decode(self, tokens: Sequence[int]) -> bytes:
@@ -68,10 +81,10 @@ class ByteTokenizer:
 
     vocab_size = 256
 
-    def encode(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """See `Tokenizer`."""
-        tokens = np.frombuffer(document.text, np.uint8).astype(np.int32)
-        return tokens, np.ones_like(tokens)
+        tokens = [np.frombuffer(x.text, np.uint8).astype(np.int32) for x in documents]
+        return [Encoded(x, np.ones_like(x)) for x in tokens]
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """See `Tokenizer`."""
@@ -96,33 +109,47 @@ class FileTokenizer:
             ) from error
         self.vocab_size = self._tokenizer.get_vocab_size()
 
-    def encode(self, document: Document) -> tuple[np.ndarray, np.ndarray]:
+    def encode(self, documents: Sequence[Document]) -> list[Encoded]:
         """See `Tokenizer`; raises UserError for text that is not UTF-8."""
-        try:
-            text = document.text.decode()
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"{document.name} is not UTF-8 text ({error.reason} at byte "
-                f"{error.start}), which a tokenizer needs; without one it can be read "
-                "as bytes"
-            ) from error
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
-        tokens = np.asarray(encoding.ids, np.int32)
-        # Token i stands for the bytes after token i-1's end up to its own end, so that
-        # every byte counts once even where tokens overlap or leave out spaces.
-        chars = np.frombuffer(text.encode("utf-32-le"), np.uint32)
-        widths = 1 + (chars > 0x7F) + (chars > 0x7FF) + (chars > 0xFFFF)
-        byte_ends = np.concatenate([[0], np.cumsum(widths)])
-        ends = byte_ends[np.array([end for _, end in encoding.offsets], np.int64)]
-        ends = np.maximum.accumulate(ends)
-        if len(ends):
-            ends[-1] = byte_ends[-1]
-        return tokens, np.diff(ends, prepend=0).astype(np.int32)
+        encoded = []
+        # Documents of one call run side by side; what the library says of all of them
+        # takes many times the memory of the text.
+        for some in itertools.batched(documents, os.cpu_count() or 1):
+            texts = [_utf8(document) for document in some]
+            found = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+            encoded += [_encoded(*pair) for pair in zip(texts, found, strict=True)]
+        return encoded
 
     def decode(self, tokens: Sequence[int]) -> bytes:
         """See `Tokenizer`."""
         known = [token for token in tokens if token < self.vocab_size]
         return self._tokenizer.decode(known).encode()
+
+
+def _utf8(document: Document) -> str:
+    try:
+        return document.text.decode()
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"{document.name} is not UTF-8 text ({error.reason} at byte "
+            f"{error.start}), which a tokenizer needs; without one it can be read "
+            "as bytes"
+        ) from error
+
+
+def _encoded(text: str, encoding: tokenizers.Encoding) -> Encoded:
+    """What a tokenizer made of a text."""
+    tokens = np.asarray(encoding.ids, np.int32)
+    # Token i stands for the bytes after token i-1's end up to its own end, so that
+    # every byte counts once even where tokens overlap or leave out spaces.
+    chars = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (chars > 0x7F) + (chars > 0x7FF) + (chars > 0xFFFF)
+    byte_ends = np.concatenate([[0], np.cumsum(widths)])
+    ends = byte_ends[np.array([end for _, end in encoding.offsets], np.int64)]
+    ends = np.maximum.accumulate(ends)
+    if len(ends):
+        ends[-1] = byte_ends[-1]
+    return Encoded(tokens, np.diff(ends, prepend=0).astype(np.int32))
 
 
 def load_tokenizer(path: str | os.PathLike | None) -> ByteTokenizer | FileTokenizer:
@@ -242,11 +269,11 @@ class _Pieces:
     def __init__(
         self, documents: Sequence[Document], tokenizer: Tokenizer, context_length: int
     ):
-        encoded = [tokenizer.encode(document) for document in documents]
-        self._tokens = np.concatenate([tokens for tokens, _ in encoded])
-        self._num_bytes = np.concatenate([num_bytes for _, num_bytes in encoded])
+        encoded = tokenizer.encode(documents)
+        self._tokens = np.concatenate([x.tokens for x in encoded])
+        self._num_bytes = np.concatenate([x.num_bytes for x in encoded])
         self._bounds = list(
-            _piece_bounds([len(tokens) for tokens, _ in encoded], context_length)
+            _piece_bounds([len(x.tokens) for x in encoded], context_length)
         )
         self.num_tokens = len(self._tokens)
         self.fingerprint = zlib.crc32(self._tokens.tobytes())

@@ -96,4 +96,4 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> np.ndarray:
         raise UserError(
             f"the prompt is not UTF-8 text ({error.reason} at character {error.start})"
         ) from error
-    return tokenizer.encode(Document("the prompt", text))[0]
+    return tokenizer.encode([Document("the prompt", text)])[0].tokens

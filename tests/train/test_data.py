@@ -253,7 +253,7 @@ def tokenizer_file(tmp_path_factory):
 def test_a_tokenizer_s_tokens_share_out_all_bytes(tokenizer_file, content):
     tokenizer = load_tokenizer(tokenizer_file)
     document = Document("d", f"the cat {content} sat".encode())
-    tokens, num_bytes = tokenizer.encode(document)
+    ((tokens, num_bytes),) = tokenizer.encode([document])
     assert tokens.shape == num_bytes.shape
     assert num_bytes.sum() == len(document.text)
     assert num_bytes.min() >= 0
@@ -262,7 +262,7 @@ def test_a_tokenizer_s_tokens_share_out_all_bytes(tokenizer_file, content):
 
 def test_words_are_tokens_of_their_bytes(tokenizer_file):
     tokenizer = load_tokenizer(tokenizer_file)
-    _, num_bytes = tokenizer.encode(Document("d", b" the cat"))
+    ((_, num_bytes),) = tokenizer.encode([Document("d", b" the cat")])
     assert num_bytes.tolist() == [4, 4]
 
 
@@ -289,7 +289,7 @@ def test_tokenizer_errors(tmp_path, tokenizer_file):
 
 def test_the_byte_tokenizer_leaves_out_special_tokens():
     tokenizer = load_tokenizer(None)
-    tokens, num_bytes = tokenizer.encode(Document("d", b"a\xff"))
+    ((tokens, num_bytes),) = tokenizer.encode([Document("d", b"a\xff")])
     assert tokens.tolist() == [97, 255]
     assert num_bytes.tolist() == [1, 1]
     assert tokenizer.decode([256, 97, 257, 255]) == b"a\xff"

@@ -17,17 +17,20 @@ def experiment(tmp_path, compiled_programs, monkeypatch):
     config = runs.config(runs.write_text(tmp_path), steps=12)
     out = tmp_path / "results.json"
 
-    def run(seed):
-        changed = dataclasses.replace(config, seed=seed)
-        monkeypatch.setattr(selective_memory, "recipe", lambda *_, **__: changed)
-        folder = tmp_path / "runs"
-        assert not selective_memory.main(out=out, context=32, seed=seed, folder=folder)
+    def run(seed, **options):
+        def recipe(*_, tokenizer, **__):
+            data = dataclasses.replace(config.data, tokenizer=tokenizer)
+            return dataclasses.replace(config, data=data, seed=seed)
+
+        monkeypatch.setattr(selective_memory, "recipe", recipe)
+        options |= {"context": 32, "seed": seed, "folder": tmp_path / "runs"}
+        assert not selective_memory.main(out=out, **options)
         return json.loads(out.read_text())["results"]
 
     return run
 
 
-def test_it_trains_prunes_and_keeps_what_it_found(experiment):
+def test_it_trains_prunes_and_keeps_what_it_found(experiment, tmp_path):
     (result,) = experiment(1)
     for scheme in ("dense", "selective"):
         run = result["runs"][scheme]
@@ -40,10 +43,13 @@ def test_it_trains_prunes_and_keeps_what_it_found(experiment):
     measured, steps = result["measured"], result["search"]["steps"]
     assert steps[0]["budgets"] == [None]
     assert steps[-1]["loss"] <= steps[-1]["limit"]
-    assert steps[-1]["cache_bytes"] == measured["pruned"]["cache_bytes"]
-    assert measured["pruned"]["cache_bytes"] < measured["selective"]["cache_bytes"]
-    assert measured["pruned"]["loss"] != measured["selective"]["loss"]
+    chosen = steps[result["search"]["chosen"]]
+    assert chosen["cache_bytes"] == measured["pruned"]["cache_bytes"]
+    assert chosen["whole_text_loss"] == pytest.approx(measured["pruned"]["loss"])
+    kept = measured[result["search"]["kept"]]["loss"]
+    assert measured["pruned"]["loss"] <= kept + 1e-6
     assert measured["dense"]["memory"] is None
+    assert str(tmp_path) not in json.dumps(result)
 
     # Other seeds stay; the same one is replaced, and its search does not count.
     other, same = experiment(0)
@@ -51,3 +57,11 @@ def test_it_trains_prunes_and_keeps_what_it_found(experiment):
     again = experiment(1)
     assert again[0] == other
     assert again[1]["measured"] == measured
+
+
+def test_it_trains_a_tokenizer(experiment):
+    (result,) = experiment(2, vocabulary=300)
+    for run in result["runs"].values():
+        assert TrainConfig.from_json(run["config"]).data.tokenizer == "tokenizer.json"
+    tokens = result["measured"]["dense"]["tokens"]
+    assert tokens < result["text"]["validation_bytes"]
