@@ -31,6 +31,7 @@ from jattn.train import (
     DataConfig,
     ModelConfig,
     OptimizerConfig,
+    SelectiveConfig,
     TrainConfig,
     TrainedModel,
     UserError,
@@ -55,10 +56,12 @@ def recipe(
     *,
     text: tuple[str, ...] = (),
     tokenizer: str | None = None,
-    steps: int = 2800,
+    memory_loss_weight: float = 0.1,
+    memory_tau: float = 4.0,
+    steps: int = 2000,
     seed: int = 0,
 ) -> TrainConfig:
-    """The runs' configuration but for the scheme and the folder.
+    """The selective run's configuration but for the folder.
 
     Layers, heads and width are of the paper's family, in which a model of d layers has
     d heads of 64 and its queries and keys are normalised.
@@ -68,11 +71,20 @@ def recipe(
       text: Files and folders; the source of Python's standard library if there are
         none.
       tokenizer: Its file; bytes are the tokens if None.
+      memory_loss_weight: See `TrainConfig`.
+      memory_tau: See `jattn.train.SelectiveConfig`.
       steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
     """
     return TrainConfig(
-        model=ModelConfig(num_layers=6, features=384, num_heads=6, qk_norm=True),
+        model=ModelConfig(
+            scheme="selective",
+            num_layers=6,
+            features=384,
+            num_heads=6,
+            qk_norm=True,
+            selective=SelectiveConfig(memory_tau=memory_tau),
+        ),
         data=DataConfig(
             paths=text,
             tokenizer=tokenizer,
@@ -83,7 +95,7 @@ def recipe(
         steps=steps,
         seed=seed,
         dtype="bfloat16",
-        memory_loss_weight=0.1,
+        memory_loss_weight=memory_loss_weight,
         log_every=20,
         eval_every=100,
         eval_batches=4,
@@ -130,7 +142,7 @@ def measure(
     and that keep the loss there too.
 
     Args:
-      config: Of both runs but for the scheme and the folder.
+      config: Of the selective run but for the folder.
       folder: Where the runs are kept.
       fraction: See `jattn.train.PruneConfig`.
       decrement: See `jattn.train.PruneConfig`.
@@ -143,14 +155,26 @@ def measure(
     """
     data = Dataset(config.data, seed=config.seed, align=config.align)
     batches = data.validation_batches(_ALL)
+    # What only the selective model has is as it always is in the dense one's
+    # configuration: all selective runs of a folder share that one.
+    dense = dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            config.model, scheme="dense", selective=SelectiveConfig()
+        ),
+        memory_loss_weight=TrainConfig.memory_loss_weight,
+    )
+    weight, tau = config.memory_loss_weight, config.model.selective.memory_tau
+    selective = f"selective_{weight:g}_{tau:g}"
     runs, measured = {}, {}
-    for scheme in ("dense", "selective"):
-        runs[scheme] = _train(config, folder, scheme)
-        measured[scheme] = _measure(load_run(folder / scheme), batches)
+    for name, run_config in (("dense", dense), (selective, config)):
+        scheme = run_config.model.scheme
+        runs[scheme] = _train(run_config, folder / name)
+        measured[scheme] = _measure(load_run(folder / name), batches)
         print(scheme, measured[scheme], flush=True)
 
     options = {"fraction": fraction, "decrement": decrement}
-    search = functools.partial(PruneConfig, str(folder / "selective"), **options)
+    search = functools.partial(PruneConfig, str(folder / selective), **options)
     try:
         kept = "dense"
         steps = _search(search(baseline=str(folder / "dense")), deadline)
@@ -159,7 +183,7 @@ def measure(
         kept = "selective"
         steps = _search(search(), deadline)
 
-    run = load_run(folder / "selective", steps[-1]["step"])
+    run = load_run(folder / selective, steps[-1]["step"])
     chosen = _last_within(measured[kept]["loss"], steps, run, batches)
     pruned = with_budgets(run.config, steps[chosen]["budgets"])
     model = build_model(pruned, run.tokenizer.vocab_size)
@@ -169,6 +193,8 @@ def measure(
     print("pruned", measured["pruned"], flush=True)
     return {
         "context": config.data.context_length,
+        "memory_loss_weight": weight,
+        "memory_tau": tau,
         "seed": config.seed,
         "text": {
             "train_bytes": data.train_bytes,
@@ -182,15 +208,11 @@ def measure(
     }
 
 
-def _train(config: TrainConfig, folder: pathlib.Path, scheme: str) -> dict[str, Any]:
+def _train(config: TrainConfig, out: pathlib.Path) -> dict[str, Any]:
     """What is in the file of results about the training of one model."""
-    model = dataclasses.replace(config.model, scheme=scheme)
-    out = folder / scheme
     # An earlier search must not change what is measured before the next one.
     budgets_path(out).unlink(missing_ok=True)
-    result = train(
-        dataclasses.replace(config, model=model, out=str(out)), callback=_show(scheme)
-    )
+    result = train(dataclasses.replace(config, out=str(out)), callback=_show(out.name))
     return {
         "config": _without_folders(result.config).to_json(),
         "parameters": result.parameter_count,
@@ -209,11 +231,11 @@ def _without_folders(config: TrainConfig) -> TrainConfig:
     return dataclasses.replace(config, data=data, out=None)
 
 
-def _show(scheme: str) -> Callable[[Row], None]:
+def _show(name: str) -> Callable[[Row], None]:
     def show(row: Row) -> None:
         if "validation_loss" in row:
             print(
-                f"{scheme}, step {row['step']}: {row['validation_loss']:.4f}",
+                f"{name}, step {row['step']}: {row['validation_loss']:.4f}",
                 flush=True,
             )
 
@@ -271,7 +293,9 @@ def main(
     context: int,
     text: tuple[str, ...] = (),
     vocabulary: int | None = None,
-    steps: int = 2800,
+    memory_loss_weight: float = 0.1,
+    memory_tau: float = 4.0,
+    steps: int = 2000,
     seed: int = 0,
     folder: pathlib.Path = pathlib.Path("runs/selective_memory"),
     seconds: float = math.inf,
@@ -279,12 +303,14 @@ def main(
     """Runs the experiment and keeps what it found.
 
     Args:
-      out: JSON file; what it says of other contexts and seeds stays.
+      out: JSON file; what it says of other runs stays.
       context: Tokens of a row.
       text: Files and folders; the source of Python's standard library if there are
         none.
       vocabulary: Tokens of a byte-pair tokenizer that is trained first; bytes are the
         tokens if None.
+      memory_loss_weight: Of the memory loss in the selective model's loss.
+      memory_tau: Selection from which that loss counts a key as forgotten.
       steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
       folder: Of the runs, which go on where they were if they were interrupted.
@@ -299,17 +325,26 @@ def main(
     if vocabulary is not None:
         path = train_tokenizer(text, vocabulary, folder / "tokenizer.json")
         tokenizer = str(path)
-    config = recipe(context, text=text, tokenizer=tokenizer, steps=steps, seed=seed)
+    config = recipe(
+        context,
+        text=text,
+        tokenizer=tokenizer,
+        memory_loss_weight=memory_loss_weight,
+        memory_tau=memory_tau,
+        steps=steps,
+        seed=seed,
+    )
     found = measure(config, folder, deadline=deadline)
     results = json.loads(out.read_text()) if out.exists() else {"results": []}
-    others = [x for x in results["results"] if not _same(x, found)]
-    everything = sorted([*others, found], key=lambda x: (x["context"], x["seed"]))
+    others = [x for x in results["results"] if _key(x) != _key(found)]
+    everything = sorted([*others, found], key=_key)
     replace(out, json.dumps(environment() | {"results": everything}) + "\n")
     return 0
 
 
-def _same(one: dict[str, Any], other: dict[str, Any]) -> bool:
-    return all(one[name] == other[name] for name in ("context", "seed"))
+def _key(found: dict[str, Any]) -> list[float]:
+    names = ("context", "memory_loss_weight", "memory_tau", "seed")
+    return [found[name] for name in names]
 
 
 if __name__ == "__main__":

@@ -15,7 +15,10 @@ from typing import Any
 import flax.linen as nn
 import grain
 import jax
+import jax.core
+import jax.extend as jex
 import numpy as np
+from jax.interpreters import partial_eval
 
 from jattn.train.budgets import read_budgets, with_budgets
 from jattn.train.build import build_model, model_errors, parameter_count
@@ -102,10 +105,14 @@ def train(
 
         # Before there is a folder, because this finds sizes that do not fit.
         with model_errors():
-            initial = jax.jit(lambda: init_state(model, optimizer, config)).trace()
+            initial, shapes = jax.make_jaxpr(
+                lambda: init_state(model, optimizer, config), return_shape=True
+            )()
 
         checkpoints = _open_checkpoints(config, stack)
-        state, step = _restore_or_init(initial, config, checkpoints, data, batches)
+        state, step = _restore_or_init(
+            initial, shapes, config, checkpoints, data, batches
+        )
         rows, report = _open_logs(config, step, progress, callback, stack)
 
         def save(validation: Evaluation | None) -> None:
@@ -245,7 +252,8 @@ def _open_checkpoints(
 
 
 def _restore_or_init(
-    initial: jax.stages.Traced,
+    initial: jex.core.ClosedJaxpr,
+    shapes: TrainState,
     config: TrainConfig,
     checkpoints: Checkpoints | None,
     data: Dataset,
@@ -254,8 +262,9 @@ def _restore_or_init(
     """The state and step of the latest checkpoint, or those before the first step."""
     step = None if checkpoints is None else checkpoints.latest_step()
     if checkpoints is None or step is None:
-        return initial.lower().compile()(), 0
-    state, position = checkpoints.restore(step, initial.out_info, config)
+        leaves = _compute_in_parts(initial)
+        return jax.tree.unflatten(jax.tree.structure(shapes), leaves), 0
+    state, position = checkpoints.restore(step, shapes, config)
     if position["fingerprint"] != data.fingerprint:
         raise UserError(
             f"the training text has changed since the checkpoint of step {step} in "
@@ -263,6 +272,17 @@ def _restore_or_init(
         )
     batches.set_state(position["iterator"])
     return state, step
+
+
+def _compute_in_parts(program: jex.core.ClosedJaxpr) -> list[jax.Array]:
+    """What a program without arguments returns, each operation compiled by itself.
+
+    Hundreds of random arrays in one program are fused into kernels that take minutes to
+    compile for a GPU, while by themselves arrays of one shape share a program.
+    """
+    used = [True] * len(program.jaxpr.outvars)
+    jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, used)  # leaves out the model's run
+    return jax.core.eval_jaxpr(jaxpr, program.consts)
 
 
 def _open_logs(

@@ -97,14 +97,18 @@ def init_state(
             )
         ),
     )
-    zero = jnp.int32(0)
+
+    def zero():
+        # Each a buffer of its own, which a step that takes the state can use again.
+        return jnp.zeros((), jnp.int32)
+
     return TrainState(
         params=params,
         opt_state=optimizer.init(params),
-        step=zero,
+        step=zero(),
         rng=jax.random.fold_in(jax.random.key(config.seed), 1),
-        skipped=zero,
-        skipped_in_a_row=zero,
+        skipped=zero(),
+        skipped_in_a_row=zero(),
         window=window,
     )
 

@@ -260,7 +260,8 @@ class BlockStack(nn.Module):
           [B, T, features], and the new cache if one was given.
         """
         # Without a backward pass there is nothing to recompute.
-        block_class = nn.remat(Block) if self.remat and cache is None else Block
+        remat = self.remat and cache is None and not self.is_initializing()
+        block_class = nn.remat(Block) if remat else Block
         new_cache = []
         for layer in range(self.num_layers):
             block = block_class(

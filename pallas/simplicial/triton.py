@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
-from jattn.pallas import _triton, tuning
+from jattn.pallas import _device, _triton, tuning
 from jattn.pallas._tiles import _load_rows, _store_rows
 from jattn.pallas.simplicial.backward import backward
 from jattn.pallas.simplicial.tiles import (
@@ -38,8 +38,8 @@ from jattn.pallas.simplicial.tiles import (
 
 LOG2_E = math.log2(math.e)
 
-# Programs that keep a GPU busy.
-PROGRAMS = 264
+# Warps that keep a multiprocessor busy.
+WARPS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,7 +195,8 @@ def forward(
     programs = batch * kv_heads * triton.cdiv(cut["GROUP"], cut["HEADS"])
     # Where there are few tiles, several programs share the smaller window of each.
     steps = triton.cdiv(few_window, cut["ENTRIES"] * tiling.chains)
-    parts = min(steps, max(1, PROGRAMS // (tiles * programs)))
+    wanted = _device.multiprocessors() * WARPS // tiling.warps
+    parts = min(steps, max(1, wanted // (tiles * programs)))
     pairs = queries * few_window * many_window
     out, lse = _triton.call(
         _forward_kernel,

@@ -77,7 +77,7 @@ def interpreter(monkeypatch):
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
     # Work is not split for want of programs: the interpreter runs one at a time.
     monkeypatch.setattr(gradients, "PROGRAMS", 1)
-    monkeypatch.setattr(kernel, "PROGRAMS", 1)
+    monkeypatch.setattr(kernel, "WARPS", 0)
 
 
 def assert_equals_the_jnp_form(case):
@@ -124,7 +124,7 @@ def test_chunks_and_parts_change_nothing(monkeypatch):
     # Chunks that do not divide the positions.
     monkeypatch.setattr(gradients, "PARTIAL_BYTES", 4 * 9 * 2 * 16 * 4)
     monkeypatch.setattr(gradients, "PROGRAMS", 3)
-    monkeypatch.setattr(kernel, "PROGRAMS", 64)
+    monkeypatch.setattr(kernel, "WARPS", 2)
     assert_equals_the_jnp_form(sizes)
 
 

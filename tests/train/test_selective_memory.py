@@ -20,7 +20,8 @@ def experiment(tmp_path, compiled_programs, monkeypatch):
     def run(seed, **options):
         def recipe(*_, tokenizer, **__):
             data = dataclasses.replace(config.data, tokenizer=tokenizer)
-            return dataclasses.replace(config, data=data, seed=seed)
+            model = dataclasses.replace(config.model, scheme="selective")
+            return dataclasses.replace(config, model=model, data=data, seed=seed)
 
         monkeypatch.setattr(selective_memory, "recipe", recipe)
         options |= {"context": 32, "seed": seed, "folder": tmp_path / "runs"}
