@@ -9,10 +9,11 @@ from pathlib import Path
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.train import UserError, load_run, train
+from jattn.train import UserError, load_run, loop, train
 from jattn.train.checkpoint import Checkpoints
 from jattn.train.metrics import MetricsLog, read_rows
 from tests.train import runs
@@ -262,3 +263,16 @@ def test_metrics_of_lost_steps_are_dropped(tmp_path):
     assert np.isnan(rows[0]["memory"])
     assert rows[2]["loss"] == 0.5
     assert read_rows(tmp_path / "nothing") == []
+
+
+def test_arrays_computed_one_by_one_leave_out_what_is_not_returned():
+    def fail():
+        raise AssertionError("nobody needs this")
+
+    def program():
+        keys = jax.random.split(jax.random.key(0))
+        jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32))
+        return jax.random.normal(keys[0], (5, 3)), jax.random.uniform(keys[1], (7,))
+
+    found = loop._compute_in_parts(jax.make_jaxpr(program)())
+    chex.assert_trees_all_close(tuple(found), jax.jit(program)(), rtol=1e-6)
