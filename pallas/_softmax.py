@@ -19,6 +19,10 @@ def delta(
     """
     # The kernels see the gradient as rounded to its dtype: delta has to be of that one,
     # and not of one that XLA knows in higher precision, for the two to cancel.
-    out_gradient = jax.lax.optimization_barrier(out_gradient)
-    products = out.astype(jnp.float32) * out_gradient.astype(jnp.float32)
-    return jnp.sum(products, axis=-1) - lse_gradient
+    if out_gradient.dtype == jnp.bfloat16:
+        # Leaves XLA free to sum where it computes the gradient.
+        wide = jax.lax.reduce_precision(out_gradient.astype(jnp.float32), 8, 7)
+    else:
+        # Rounding to fp16 that way would drop denormal numbers.
+        wide = jax.lax.optimization_barrier(out_gradient).astype(jnp.float32)
+    return jnp.sum(out.astype(jnp.float32) * wide, axis=-1) - lse_gradient

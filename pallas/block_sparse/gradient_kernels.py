@@ -134,6 +134,7 @@ def add_units_kernel(
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     STEP: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """Adds what a block's units give its gradients to what earlier steps did."""
     block = tl.program_id(0)
@@ -154,6 +155,7 @@ def add_units_kernel(
         last,
         KEY_SIZE,
         STEP,
+        DEPTH,
     )
     _add_range(
         value_sums_ptr + sum_row * VALUE_SIZE,
@@ -162,21 +164,31 @@ def add_units_kernel(
         last,
         VALUE_SIZE,
         STEP,
+        DEPTH,
     )
 
 
 @triton.jit
 def _add_range(
-    sums_ptr, partials_ptr, first, last, SIZE: tl.constexpr, STEP: tl.constexpr
+    sums_ptr,
+    partials_ptr,
+    first,
+    last,
+    SIZE: tl.constexpr,
+    STEP: tl.constexpr,
+    DEPTH: tl.constexpr,
 ):
     """Adds partials [first:last, SIZE] to sums [SIZE]: this program's STEP of them."""
     element = tl.program_id(2) * STEP + tl.arange(0, STEP)
     inside = element < SIZE
     total = tl.load(sums_ptr + element, mask=inside)
-    partials_ptr += first.to(tl.int64) * SIZE + element
-    for _ in range(first, last):
-        total += tl.load(partials_ptr, mask=inside)
-        partials_ptr += SIZE
+    partials_ptr += first.to(tl.int64) * SIZE + element[None, :]
+    depth = tl.arange(0, DEPTH)[:, None]
+    for start in range(first, last, DEPTH):
+        there = (start + depth < last) & inside[None, :]
+        partials = tl.load(partials_ptr + depth * SIZE, mask=there, other=0.0)
+        total += tl.sum(partials, axis=0)
+        partials_ptr += DEPTH * SIZE
     tl.store(sums_ptr + element, total, mask=inside)
 
 

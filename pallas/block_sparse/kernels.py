@@ -233,27 +233,14 @@ def forward_kernel(
 
 
 @triton.jit
-def _load_partial_lse(
-    blocks_ptr,  # [ROWS] pointers to [n]
-    lse_ptrs,  # [ROWS] pointers to [n, G]
-    live,
-    blocks,
-    slot,
-    GROUP: tl.constexpr,
-):
-    """Log-sum-exps [ROWS] of partial results, -inf where there is none."""
-    # Both are loaded at once, though the latter may be anything if there is none.
-    block = tl.load(blocks_ptr + slot, mask=live, other=blocks)
-    lse = tl.load(lse_ptrs + slot * GROUP, mask=live, other=0.0)
-    return tl.where(block < blocks, lse, -float("inf"))
-
-
-@triton.jit
 def combine_kernel(
     query_ptr,  # [B, T, N, H]
     key_ptr,  # [B, S, K, H]
     value_ptr,  # [B, S, K, V]
     segment_ptr,  # [B, S] if PACKED
+    before_ptr,  # [B, T, N, V] if ADD
+    after_ptr,  # [B, T, N, V] if ADD and KEEP, or else they are in out_ptr
+    gates_ptr,  # [B, T, N, 3] if ADD
     blocks_ptr,  # [D, C, M, L, R, n]
     shared_ptr,  # [B K, C L / TOKENS, R, 4]
     step_ptr,  # [1]
@@ -266,6 +253,7 @@ def combine_kernel(
     partial_lse_ptr,  # [L, M, R, n, G], in base 2
     out_ptr,  # [B, T, N, V]
     lse_ptr,  # [B, T, N]
+    attended_ptr,  # [B, T, N, V] if KEEP
     KV_HEADS: tl.constexpr,
     LISTS: tl.constexpr,
     SLOTS: tl.constexpr,
@@ -277,9 +265,17 @@ def combine_kernel(
     BLOCK: tl.constexpr,
     TOKENS: tl.constexpr,
     ROWS: tl.constexpr,
+    WIDE: tl.constexpr,
+    AHEAD: tl.constexpr,
     PACKED: tl.constexpr,
+    ADD: tl.constexpr,
+    KEEP: tl.constexpr,
 ):
-    """Attention of a tile of queries: to the blocks they share, and what is partial."""
+    """Attention of a tile of queries: to the blocks they share, and what is partial.
+
+    Log-sum-exps of partial results are read WIDE at a time, their outputs arrive while
+    others are added, AHEAD - 1 at a time. ADD and KEEP are those of `merge_kernel`.
+    """
     kv_row = tl.program_id(1)  # of the portion
     member = tl.program_id(0) % LISTS
     step_row, batch, kv_head, first_token = _step_place(
@@ -292,33 +288,6 @@ def combine_kernel(
     row = tl.arange(0, ROWS)
     token = row // GROUP  # of the tile
     live = (row < TOKENS * GROUP) & (first_token + token < queries)
-    list_row = (step_row.to(tl.int64) * length + tile_token + token) * LISTS + member
-    blocks_ptr += list_row * SLOTS
-    blocks = tl.cdiv(keys, BLOCK)
-    first_target = (tile_token * tl.num_programs(1) + kv_row) * LISTS + member
-    partial_out_ptr += first_target.to(tl.int64) * (SLOTS * GROUP * V)
-    partial_lse_ptr += first_target.to(tl.int64) * (SLOTS * GROUP)
-    target = token * (tl.num_programs(1) * LISTS * SLOTS * GROUP) + row % GROUP
-    lse_ptrs = partial_lse_ptr + target
-    peak = tl.full([ROWS], -float("inf"), tl.float32)
-    for slot in range(SLOTS):
-        lse = _load_partial_lse(blocks_ptr, lse_ptrs, live, blocks, slot, GROUP)
-        peak = tl.maximum(peak, lse)
-    finite_peak = tl.where(peak == -float("inf"), 0.0, peak)
-    total = tl.zeros([ROWS], tl.float32)
-    out = tl.zeros([ROWS, V_PAD], tl.float32)
-    lse = _load_partial_lse(blocks_ptr, lse_ptrs, live, blocks, 0, GROUP)
-    for slot in range(SLOTS):
-        weight = tl.exp2(lse - finite_peak)
-        total += weight
-        # The next one arrives while this one's partial result does.
-        more = live & (slot + 1 < SLOTS)
-        lse = _load_partial_lse(blocks_ptr, lse_ptrs, more, blocks, slot + 1, GROUP)
-        # Nobody has written partial results of no weight.
-        place = target + slot * GROUP
-        partial_out = _load_rows(partial_out_ptr, place, weight > 0.0, V, V_PAD)
-        out += partial_out * weight[:, None]
-
     head = (kv_head * LISTS + member) * GROUP + row % GROUP
     first_row = (batch * queries + first_token).to(tl.int64)
     first_row *= KV_HEADS * LISTS * GROUP
@@ -332,8 +301,11 @@ def combine_kernel(
     tiles = chunks * length // TOKENS
     shared_row = (batch * KV_HEADS + kv_head) * tiles + first_token // TOKENS
     shared_ptr += (shared_row * LISTS + member) * 4
-    for i in range(tl.load(shared_ptr)):
-        block = tl.load(shared_ptr + 1 + i)
+    peak = tl.full([ROWS], -float("inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    out = tl.zeros([ROWS, V_PAD], tl.float32)
+    for place in range(tl.load(shared_ptr)):
+        block = tl.load(shared_ptr + 1 + place)
         key_position = block * BLOCK + tl.arange(0, BLOCK)
         exists = key_position < keys
         key_row = (batch * keys + key_position).to(tl.int64) * KV_HEADS + kv_head
@@ -356,11 +328,71 @@ def combine_kernel(
         weights = weights.to(value.dtype)
         out = tl.dot(weights, value, out * decay[:, None], input_precision="tf32x3")
 
+    list_row = (step_row.to(tl.int64) * length + tile_token + token) * LISTS + member
+    blocks_ptr += list_row * SLOTS
+    blocks = tl.cdiv(keys, BLOCK)
+    first_target = (tile_token * tl.num_programs(1) + kv_row) * LISTS + member
+    partial_out_ptr += first_target.to(tl.int64) * (SLOTS * GROUP * V)
+    partial_lse_ptr += first_target.to(tl.int64) * (SLOTS * GROUP)
+    target = token * (tl.num_programs(1) * LISTS * SLOTS * GROUP) + row % GROUP
+    lse_ptrs = partial_lse_ptr + target
+    # The slots that a query has a partial result of come first.
+    count = tl.zeros([ROWS], tl.int32)
+    new_peak = peak
+    for first_slot in range(0, SLOTS, WIDE):
+        slot = first_slot + tl.arange(0, WIDE)[None, :]
+        inside = live[:, None] & (slot < SLOTS)
+        # Both are loaded at once, though the latter may be anything if there is none.
+        block = tl.load(blocks_ptr[:, None] + slot, mask=inside, other=blocks)
+        lse = tl.load(lse_ptrs[:, None] + slot * GROUP, mask=inside, other=0.0)
+        lse = tl.where(block < blocks, lse, -float("inf"))
+        count += tl.sum((block < blocks).to(tl.int32), axis=1)
+        new_peak = tl.maximum(new_peak, tl.max(lse, axis=1))
+    finite_peak = tl.where(new_peak == -float("inf"), 0.0, new_peak)
+    decay = tl.exp2(peak - finite_peak)
+    total *= decay
+    out *= decay[:, None]
+    for slot in tl.range(0, tl.max(count, axis=0), num_stages=AHEAD):  # pyright: ignore
+        here = slot < count
+        place = slot * GROUP
+        partial_out = _load_rows(partial_out_ptr, target + place, here, V, V_PAD)
+        lse = tl.load(lse_ptrs + place, mask=here, other=-float("inf"))
+        weight = tl.exp2(lse - finite_peak)
+        total += weight
+        out += partial_out * weight[:, None]
+
     out *= (1.0 / tl.where(total == 0.0, 1.0, total))[:, None]
-    _store_rows(out_ptr + first_row * V, source, live, out, V, V_PAD)
     # log2(0) = -inf where nothing is seen; times log(2) for the natural logarithm.
-    lse = (peak + tl.log2(total)) * LOG_2
+    lse = (new_peak + tl.log2(total)) * LOG_2
     tl.store(lse_ptr + first_row + source, lse, mask=live)
+    if KEEP:
+        _store_rows(attended_ptr + first_row * V, source, live, out, V, V_PAD)
+    out_ptr += first_row * V
+    if ADD:
+        gates_ptr += (first_row + source) * 3
+        gate = tl.load(gates_ptr + 1, mask=live, other=0.0).to(tl.float32)
+        out *= gate[:, None]
+        before_ptr += first_row * V
+        after_ptr = after_ptr + first_row * V if KEEP else out_ptr
+        # One after the other: at once, they would take too many registers.
+        for i in range(2):
+            pointer = before_ptr if i == 0 else after_ptr
+            term = _load_rows(pointer, source, live, V, V_PAD)
+            gate = tl.load(gates_ptr + 2 * i, mask=live, other=0.0).to(tl.float32)
+            out += term.to(tl.float32) * gate[:, None]
+    _store_rows(out_ptr, source, live, out, V, V_PAD)
+
+
+@triton.jit
+def _load_once(pointer, row, live, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """_load_rows of what nobody reads again: it need not stay in a cache."""
+    column = tl.arange(0, PADDED)
+    return tl.load(
+        pointer + row[:, None] * WIDTH + column[None, :],
+        mask=live[:, None] & (column < WIDTH)[None, :],
+        other=0.0,
+        eviction_policy="evict_first",
+    )
 
 
 @triton.jit
@@ -446,7 +478,7 @@ def merge_kernel(
             place = start + i + tl.zeros([ROWS], tl.int32)
             here = (place >= begin) & (place < count)
             place *= GROUP
-            partial_out = _load_rows(partial_out_ptr, target + place, here, V, V_PAD)
+            partial_out = _load_once(partial_out_ptr, target + place, here, V, V_PAD)
             lse_here = tl.load(lse_ptrs + place, mask=here, other=-float("inf"))
             weight = tl.exp2(lse_here - finite_peak) * scale
             out += partial_out.to(tl.float32) * weight[:, None]

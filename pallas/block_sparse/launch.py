@@ -53,14 +53,16 @@ class RowTiling:
     Attributes:
       rows: Rows of a tile, at most.
       warps: Warps of a program.
-      stages: Shared blocks in flight, or partial results.
+      stages: Shared blocks in flight; partial results where there are no such blocks.
       registers: What a thread may use at most, or None for no limit.
+      ahead: Partial results in flight and at work where there are shared blocks too.
     """
 
     rows: int
     warps: int
     stages: int
     registers: int | None = None
+    ahead: int = 1
 
 
 def forward_tiling(
@@ -109,9 +111,23 @@ def combine_tiling(
     elif max(query.shape[-1], value.shape[-1]) > 128:
         heuristic = RowTiling(rows=64, warps=8, stages=1)
     else:
-        heuristic = RowTiling(rows=128, warps=8, stages=1, registers=128)
+        heuristic = RowTiling(64, warps=4, stages=1, registers=168, ahead=3)
     shape = _tuning_shape(query, value, block, group)
     return tuning.choose("block_sparse_combine", shape, heuristic)
+
+
+def query_sums_tiling(
+    query: jax.Array, value: jax.Array, block: int, group: int
+) -> RowTiling:
+    """The tiling of the kernel that adds partial gradients; see `forward_tiling`."""
+    if query.dtype.itemsize > 2:
+        heuristic = RowTiling(rows=32, warps=8, stages=1)
+    elif max(query.shape[-1], value.shape[-1]) > 128:
+        heuristic = RowTiling(rows=64, warps=8, stages=1)
+    else:
+        heuristic = RowTiling(rows=128, warps=8, stages=1, registers=128)
+    shape = _tuning_shape(query, value, block, group)
+    return tuning.choose("block_sparse_query_sums", shape, heuristic)
 
 
 def merge_tiling(

@@ -7,7 +7,7 @@ heads from wherever they are. Its consumers take tiles in turn; their results le
 where the queries were. Nothing but the bytes that this moves through the second-level
 cache bounds it.
 
-Before that, a thread block does its share of items: SHARERS adjacent queries and the
+In between, a thread block does its share of items: SHARERS adjacent queries and the
 blocks that all of these chose. Their tiles meet all of them, for one partial result.
 
 Letters as in `jattn.pallas.block_sparse.triton`.
@@ -217,7 +217,7 @@ def _memory_types(
 
 @dataclasses.dataclass(frozen=True)
 class _Work:
-    """What a thread block has to do: items of shared blocks, then a range of tiles.
+    """What a thread block has to do: items of shared blocks, amid a range of tiles.
 
     An item are the tiles of queries that share blocks. Producer and consumers count
     blocks and tiles alike, and so agree on their slots.
@@ -261,6 +261,16 @@ class _Work:
         """First query of the chunk."""
         return self.chunk * self.sizes.length
 
+    @property
+    def middle(self):
+        """The tile before which it does its items, another one in each thread block.
+
+        Items need the tensor cores and other tiles the second-level cache: at all times
+        some thread blocks should be at the former, and the others at the latter.
+        """
+        done = div_rem((self.last - self.first) * self.program, self.programs)[0]
+        return self.first + done
+
     def run(self, run_item, run_block):
         """Runs over all its work, and returns how many tiles it was.
 
@@ -287,21 +297,27 @@ class _Work:
             return blocks + count, tiles + more
 
         rounds = div_rem(items - self.program + self.programs - 1, self.programs)[0]
-        start = jnp.int32(0), jnp.int32(0)
-        blocks, tiles = lax.fori_loop(0, rounds, item_step, start)
 
-        def block_step(block, blocks):
-            begin = jnp.maximum(self.tile_starts[block], self.first)
-            end = jnp.minimum(self.tile_starts[block + 1], self.last)
+        def part_step(part, carry):
+            carry = lax.fori_loop(0, rounds * part, item_step, carry)
+            first = jnp.where(part == 0, self.first, self.middle)
+            last = jnp.where(part == 0, self.middle, self.last)
 
-            @pl.when(end > begin)
-            def _():
-                run_block(block, begin, end, blocks, tiles + begin - self.first)
+            def block_step(block, carry):
+                blocks, tiles = carry
+                begin = jnp.maximum(self.tile_starts[block], first)
+                end = jnp.minimum(self.tile_starts[block + 1], last)
 
-            return jnp.where(end > begin, blocks + 1, blocks)
+                @pl.when(end > begin)
+                def _():
+                    run_block(block, begin, end, blocks, tiles)
 
-        lax.fori_loop(self.first_block, self.last_block, block_step, blocks)
-        return tiles + self.last - self.first
+                blocks = jnp.where(end > begin, blocks + 1, blocks)
+                return blocks, tiles + jnp.maximum(end - begin, 0)
+
+            return lax.fori_loop(self.first_block, self.last_block, block_step, carry)
+
+        return lax.fori_loop(0, 2, part_step, (jnp.int32(0), jnp.int32(0)))[1]
 
     def pairs_of(self, block, tile):
         """The number of a tile's first pair, and the queries and slots of all.

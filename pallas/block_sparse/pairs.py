@@ -101,14 +101,16 @@ def sort_pairs(blocks: jax.Array, count: int) -> tuple[jax.Array, jax.Array]:
     """
     shape = blocks.shape[:3]
     rows, pairs = math.prod(shape), math.prod(blocks.shape[3:])
-    # One flat sort, since GPUs sort one long row much faster than many short ones.
-    row = jnp.arange(rows, dtype=jnp.uint32)[:, None] * (count + 1)
-    of_pair = row + blocks.reshape(rows, pairs).astype(jnp.uint32)
+    # One flat sort, since GPUs sort one long row much faster than many short ones; by
+    # few bits, since they sort by some of them at a time.
+    dtype = jnp.uint16 if rows * (count + 1) < 2**16 else jnp.uint32
+    row = jnp.arange(rows, dtype=dtype)[:, None] * (count + 1)
+    of_pair = row + blocks.reshape(rows, pairs).astype(dtype)
     number = jnp.broadcast_to(jnp.arange(pairs, dtype=jnp.int32), (rows, pairs))
     of_pair, number = jax.lax.sort(
         (of_pair.reshape(-1), number.reshape(-1)), num_keys=1, is_stable=True
     )
-    bounds = row + jnp.arange(count + 1, dtype=jnp.uint32)
+    bounds = row + jnp.arange(count + 1, dtype=dtype)
     starts = jnp.searchsorted(of_pair, bounds.reshape(-1), method="scan_unrolled")
     starts = starts.astype(jnp.int32).reshape(rows, count + 1)
     starts -= pairs * jnp.arange(rows, dtype=jnp.int32)[:, None]

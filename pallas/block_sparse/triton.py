@@ -44,11 +44,13 @@ from jattn.pallas.block_sparse.launch import (
     forward_tiling,
     merge_tiling,
     mosaic_tiling,
+    query_sums_tiling,
 )
-from jattn.pallas.block_sparse.pairs import sort_pairs, split_tiles
+from jattn.pallas.block_sparse.pairs import kernel_block, sort_pairs, split_tiles
 
-# Numbers that a program adds up.
-SUM_STEP = 2048
+# Numbers that a program adds up, and how many of each it loads at a time.
+SUM_STEP = 512
+SUM_DEPTH = 8
 
 
 class Addends(NamedTuple):
@@ -155,6 +157,8 @@ def _sum_backward(block_size, scale, residuals, gradients):
     wide = total_gradient.astype(jnp.float32)
     terms = before, out, after
     of_gates = [jnp.sum(x.astype(jnp.float32) * wide, axis=-1) for x in terms]
+    # Or the sums become part of the stack below, and XLA reads the terms twice.
+    of_gates = jax.lax.optimization_barrier(of_gates)
     of_terms = [
         (gates[..., i, None].astype(jnp.float32) * wide).astype(x.dtype)
         for i, x in enumerate(terms)
@@ -188,17 +192,7 @@ def forward(
     """
     arguments = query, key, value, block_indices, segment_ids, block_size, scale
     packed = segment_ids is not None
-    if unsupported_mosaic(query, key, value, block_indices, block_size, packed):
-        attended, lse = _add_triton_parts(*arguments)
-        if addends is None:
-            return attended, lse, attended
-        before, after, gates = addends
-        total = sum(
-            gates[..., i, None].astype(jnp.float32) * x.astype(jnp.float32)
-            for i, x in enumerate((before, attended, after))
-        )
-        return jnp.asarray(total, value.dtype), lse, attended
-
+    in_triton = unsupported_mosaic(query, key, value, block_indices, block_size, packed)
     out = jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), value.dtype)
     lse = jax.ShapeDtypeStruct(query.shape[:3], jnp.float32)
     attended = out if keep else jax.ShapeDtypeStruct((1,), value.dtype)
@@ -207,7 +201,8 @@ def forward(
     if addends is not None and not keep:
         # The sum takes the place of its last term.
         out, after = after, nothing
-    out, lse, attended = _add_mosaic_parts(
+    add_parts = _add_triton_parts if in_triton else _add_mosaic_parts
+    out, lse, attended = add_parts(
         *arguments,
         (before, after, gates),
         [out, lse, attended],
@@ -217,9 +212,37 @@ def forward(
     return out, lse, attended
 
 
-def _add_triton_parts(query, key, value, block_indices, segment_ids, block_size, scale):
-    """Output and log-sum-exp from partial results made in Triton."""
-    launch = Launch(query, key, value, block_indices, segment_ids, block_size, scale)
+def _add_triton_parts(
+    query,
+    key,
+    value,
+    block_indices,
+    segment_ids,
+    block_size,
+    scale,
+    addends,
+    results,
+    **constants,
+):
+    """Adds up partial results made in Triton.
+
+    Args:
+      query: See `forward`, as for those up to scale.
+      key: Its argument.
+      value: Its argument.
+      block_indices: Its argument.
+      segment_ids: Its argument.
+      block_size: Its argument.
+      scale: Its argument.
+      addends: Arrays that kernels.combine_kernel reads.
+      results: What it writes to, or shapes and dtypes.
+      **constants: Of that kernel.
+
+    Returns:
+      The results.
+    """
+    arguments = query, key, value, block_indices, segment_ids, block_size, scale
+    launch = Launch(*arguments)
     tiling = forward_tiling(query, value, launch.block, launch.group)
     blocks, shared = launch.plan(share=True)
     pairs, units = launch.units(blocks, tiling)
@@ -228,20 +251,19 @@ def _add_triton_parts(query, key, value, block_indices, segment_ids, block_size,
     new = [
         jax.ShapeDtypeStruct((*partial_shape, value.shape[-1]), value.dtype),
         jax.ShapeDtypeStruct(partial_shape, jnp.float32),
-        jax.ShapeDtypeStruct((*query.shape[:3], value.shape[-1]), value.dtype),
-        jax.ShapeDtypeStruct(query.shape[:3], jnp.float32),
+        *results,
     ]
     width = query.shape[-1] + value.shape[-1]
 
     def step(step, results):
-        *partials, out, lse = results or new
+        results = results or new
         partials = launch.by_units(
             kernels.forward_kernel,
             (query, key, value, launch.segment_ids, pairs, *units[:3], step),
             tiling,
             pairs.shape[-1],
             units.blocks.shape[-1],
-            results=partials,
+            results=results[:2],
             width=width,
         )
         return launch.by_tiles(
@@ -250,18 +272,21 @@ def _add_triton_parts(query, key, value, block_indices, segment_ids, block_size,
             key,
             value,
             launch.segment_ids,
+            *addends,
             blocks,
             shared,
             step,
             launch.scale_log2,
-            results=[*partials, out, lse],
+            results=[*partials, *results[2:]],
             flops=2 * SHARED * math.prod(partial_shape) // slots * launch.block * width,
+            WIDE=min(16, triton.next_power_of_2(slots)),
+            AHEAD=launch.tiling.ahead,
             **launch.key_constants,
             **launch.value_constants,
+            **constants,
         )
 
-    *_, out, lse = _steps.each_step(launch.portions.steps, step)
-    return out, lse
+    return _steps.each_step(launch.portions.steps, step)[2:]
 
 
 def _add_mosaic_parts(
@@ -361,8 +386,11 @@ def backward(
     scale: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of forward's output and log-sum-exp for query, key and value."""
-    launch = Launch(query, key, value, block_indices, segment_ids, block_size, scale)
-    tiling = backward_tiling(query, value, launch.block, launch.group)
+    arguments = query, key, value, block_indices, segment_ids, block_size, scale
+    group = query.shape[2] // block_indices.shape[2]
+    block = kernel_block(query, value, block_size)
+    launch = Launch(*arguments, tiling=query_sums_tiling(query, value, block, group))
+    tiling = backward_tiling(query, value, block, group)
     blocks, _ = launch.plan(share=False)
     pairs, units = launch.units(blocks, tiling)
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
@@ -420,6 +448,7 @@ def backward(
             KEY_SIZE=sizes[0],
             VALUE_SIZE=sizes[1],
             STEP=SUM_STEP,
+            DEPTH=SUM_DEPTH,
         )
         partial_query, query_gradient = launch.by_tiles(
             gradient_kernels.add_queries_kernel,

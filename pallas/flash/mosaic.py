@@ -48,6 +48,9 @@ LOG2_E = math.log2(math.e)
 # Tiles of queries of a consumer: the one at work, and the next one.
 QUERY_SLOTS = 2
 
+# Keys up to which small steps are faster.
+FEW_KEYS = 1024
+
 # Columns of the partial sums of a row's weights.
 PARTIAL = 8
 
@@ -125,7 +128,7 @@ def forward(
         "window": window or 0,
         "dtype": query.dtype.name,
     }
-    heuristic = _tiling(width, group, kernel_size, stride, window)
+    heuristic = _tiling(width, group, key.shape[1], kernel_size, stride, window)
     tiling = tuning.choose("flash_forward_mosaic", shape, heuristic)
     # Keys that no query sees may hold NaN.
     offset = length - queries
@@ -184,20 +187,30 @@ def forward(
 
 
 def _tiling(
-    width: int, group: int, kernel_size: int, stride: int, window: int | None
+    width: int, group: int, keys: int, kernel_size: int, stride: int, window: int | None
 ) -> Tiling:
+    if window is None and keys <= FEW_KEYS and group >= ALIGNMENT and width > 64:
+        # Of few keys, those past the last that a row sees are a large part.
+        return Tiling(
+            consumers=3,
+            cluster=1,
+            keys=64,
+            edge=64,
+            slots=7,
+            programs=_device.multiprocessors(),
+        )
     # Of larger groups, the rows of two thread blocks see nearly the same keys.
     cluster = 2 if group >= ALIGNMENT else 1
-    keys = edge = 128
+    step = edge = 128
     if window is not None:
         # Where half a step more than whole ones is enough for what an item's rows see.
         tokens = 2 * cluster * ROWS // group
         seen = (window - kernel_size + tokens) // stride + ALIGNMENT
-        edge = keys // 2 if 0 < seen % keys <= keys // 2 else keys
+        edge = step // 2 if 0 < seen % step <= step // 2 else step
     return Tiling(
         consumers=2,
         cluster=cluster,
-        keys=keys,
+        keys=step,
         edge=edge,
         slots=5 if width > 64 else 10,
         programs=_device.multiprocessors(),

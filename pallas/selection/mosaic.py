@@ -11,7 +11,9 @@ the windows of all its consumers and some adjacent tiles of queries. Items of th
 queries are adjacent in time.
 
 A consumer's columns go by a window's place in its block, and then by blocks, so that
-the windows of a block are all in the same thread.
+the windows of a block are all in the same thread. If the scores have one plane only,
+windows of the block before that reach into a block have columns with it as well: for
+few heads this costs less than to write and to read what they add apart.
 
 Letters: B batch, T queries, M compressed keys, N query heads, K kv heads, G = N / K,
 H width, L queries of a chunk, P planes of W scores.
@@ -34,6 +36,9 @@ from jattn.pallas.selection import COLUMNS, ROWS
 
 # Copies into the tiles of matrix instructions begin at every eighth row only.
 ALIGNMENT = 8
+
+# Windows that may have columns with a block.
+MAX_CELLS = COLUMNS // ALIGNMENT
 
 # How a consumer's threads share a matrix, and a number per row.
 MATRIX = plgpu.Layout.WGMMA
@@ -77,6 +82,7 @@ class Sizes:
       kernel_size: Tokens in a window.
       stride: Tokens between the starts of windows.
       cells: Windows that start in a block.
+      before: Windows of the block before that have columns with a block.
       chunk: L.
       scale_log2: Factor of the logits in units of log 2.
     """
@@ -91,18 +97,30 @@ class Sizes:
     kernel_size: int
     stride: int
     cells: int
+    before: int
     chunk: int
     scale_log2: float
 
     @property
     def blocks(self) -> int:
         """Of a consumer's tile."""
-        return COLUMNS // self.cells
+        return tile_blocks(self.cells, self.before)
+
+    @property
+    def columns(self) -> int:
+        """Of a consumer's tile."""
+        return self.blocks * (self.cells + self.before)
 
     @property
     def span(self) -> int:
         """Tokens of a consumer's blocks."""
-        return COLUMNS * self.stride
+        return self.blocks * self.cells * self.stride
+
+
+def tile_blocks(cells: int, before: int) -> int:
+    """Blocks of a consumer's tile that have so many columns each."""
+    blocks = COLUMNS // (cells + before)
+    return blocks - blocks % ALIGNMENT
 
 
 def block_scores(
@@ -138,12 +156,13 @@ def block_scores(
       tiling: Tile sizes.
 
     Returns:
-      Scores. Those of the first plane are of the windows that start in a block; those
-      of the second one are what these windows add to the block that follows. Blocks
-      that no query of a tile has reached are not written.
+      Scores. If there are two planes, those of the first one are of the windows that
+      start in a block; those of the second one are what these windows add to the block
+      that follows. Blocks that no query of a tile has reached are not written.
     """
     batch, queries, heads, width = query.shape
     kv_heads = key.shape[2]
+    before = kernel_size // stride - 1 if scores.shape[3] == 1 else 0
     sizes = Sizes(
         queries=queries,
         windows=key.shape[1],
@@ -155,13 +174,18 @@ def block_scores(
         kernel_size=kernel_size,
         stride=stride,
         cells=cells,
+        before=before,
         chunk=scores.shape[2],
         scale_log2=scale_log2,
     )
     key = _multiple(key, 1, ALIGNMENT * cells)
+    key = key.reshape(batch, -1, cells, kv_heads, width)
+    if before:
+        shifted = jnp.pad(key[:, :-1, -before:], [(0, 0), (1, 0)] + [(0, 0)] * 3)
+        key = jnp.concatenate([key, shifted], axis=2)
     operands = (
         _multiple(query, 1, ALIGNMENT),
-        key.reshape(batch, -1, cells, kv_heads, width),
+        key,
         _multiple(lse, 2, ROWS),
         step,
         *(() if after is None else (after,)),
@@ -196,7 +220,7 @@ class _Memory:
 
     Attributes:
       query: [slots, ROWS, H].
-      key: [key slots * consumers, COLUMNS, H].
+      key: [key slots * consumers, columns, H].
       query_full: Of each slot.
       query_empty: Of each slot.
       key_full: Of each slot and consumer.
@@ -220,10 +244,10 @@ def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     return {
         "query": matrix(slots, ROWS, sizes.width),
-        "key": matrix(key_slots, COLUMNS, sizes.width),
+        "key": matrix(key_slots, sizes.columns, sizes.width),
         "query_full": _mosaic.barriers(slots, 1),
         "query_empty": _mosaic.barriers(slots, tiling.consumers),
-        "key_full": _mosaic.barriers(key_slots, sizes.cells),
+        "key_full": _mosaic.barriers(key_slots, sizes.cells + sizes.before),
         "key_empty": _mosaic.barriers(key_slots, 1),
         "product_done": _mosaic.barriers(2 * tiling.consumers, 1),
     }
@@ -391,7 +415,7 @@ class _Producer:
                 slot = key_slot * self.tiling.consumers + consumer
                 plgpu.barrier_wait(memory.key_empty.at[slot])
                 blocks = pl.ds(pl.multiple_of(first_block, ALIGNMENT), sizes.blocks)
-                for cell in range(sizes.cells):
+                for cell in range(sizes.cells + sizes.before):
                     columns = pl.ds(cell * sizes.blocks, sizes.blocks)
                     plgpu.copy_gmem_to_smem(
                         self.key.at[item.batch, blocks, cell, item.kv_head],
@@ -499,6 +523,7 @@ class _Consumer:
         memory, sizes = self.memory, self.sizes
         key = memory.key.at[key_slot].transpose((1, 0))
         tokens = item.tokens(tile, sizes)
+        columns = sizes.columns
         first_head = item.kv_head * sizes.group
 
         def add_head(head, carry):
@@ -516,16 +541,20 @@ class _Consumer:
                 plgpu.wgmma(logits, memory.query.at[slot], key)
                 return logits[...]
 
-            accumulator = plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS), jnp.float32)
+            accumulator = plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
             logits = pl.run_scoped(multiply, accumulator)
             self._end_product(turn)
             plgpu.barrier_arrive(memory.query_empty.at[slot])
             base = lax.broadcast_in_dim(base, logits.shape, [0])
-            total += jnp.exp2(logits * sizes.scale_log2 - base)
+            weights = jnp.exp2(logits * sizes.scale_log2 - base)
+            total = weights if sizes.group == 1 else total + weights
             return total, _mosaic.following(slot, self.tiling.slots), 1 - turn
 
-        total = plgpu.layout_cast(jnp.zeros((ROWS, COLUMNS), jnp.float32), MATRIX)
-        total, *carry = lax.fori_loop(0, sizes.group, add_head, (total, *carry))
+        if sizes.group == 1:
+            total, *carry = add_head(0, (None, *carry))
+        else:
+            total = plgpu.layout_cast(jnp.zeros((ROWS, columns), jnp.float32), MATRIX)
+            total, *carry = lax.fori_loop(0, sizes.group, add_head, (total, *carry))
         self._write(item, tile, first_block, total)
         return tuple(carry)
 
@@ -541,14 +570,20 @@ class _Consumer:
         block = plgpu.broadcasted_iota(jnp.int32, (ROWS, blocks), 1, layout=MATRIX)
         shared = sizes.kernel_size // sizes.stride
         planes = [None] * self.scores.shape[3]
-        for cell in range(sizes.cells):
+        for column in range(sizes.cells + sizes.before):
+            # The last columns are of windows that start before their block.
+            is_before = column >= sizes.cells
+            cell = column - sizes.cells - sizes.before if is_before else column
             # What is out of sight may have become anything, NaN included.
-            part = weights[:, cell * blocks : (cell + 1) * blocks]
+            part = weights[:, column * blocks : (column + 1) * blocks]
             last = lax.broadcast_in_dim(seen - cell, part.shape, [0])
-            part = jnp.where(block * sizes.cells < last, part, jnp.zeros_like(part))
+            visible = block * sizes.cells < last
+            if is_before:
+                visible &= block + first_block > 0
+            part = jnp.where(visible, part, jnp.zeros_like(part))
             # Strides that a window shares with its block, and with the next one.
-            inside = min(sizes.cells - cell, shared)
-            for plane, factor in enumerate((inside, shared - inside)):
+            inside = shared + cell if is_before else min(sizes.cells - cell, shared)
+            for plane, factor in enumerate((inside, shared - inside)[: len(planes)]):
                 if factor:
                     term = part * np.float32(factor)
                     before = planes[plane]

@@ -25,6 +25,9 @@ from jattn.pallas.selection import ROWS, kernels, mosaic, unsupported_mosaic
 
 LOG2_E = math.log2(math.e)
 
+# Query heads of a kv head up to which its scores have one plane.
+MAX_JOINED = 1
+
 # Bound on the scores of one chunk.
 SCORE_BYTES = 256 * 2**20
 
@@ -156,12 +159,16 @@ def _mosaic_scores(
     cells = block_size // stride
     if unsupported_mosaic(query, key, packed=starts.packed, cells=cells) is not None:
         return None
-    planes = 1 if kernel_size == stride else 2
-    width = _multiple(triton.cdiv(length, block_size), mosaic.COLUMNS // cells)
+    before = kernel_size // stride - 1
+    # Few heads share a list's scores: to write them in one plane is worth some more.
+    is_joined = n // kv_heads <= MAX_JOINED and cells + before <= mosaic.MAX_CELLS
+    planes = 1 if before == 0 or is_joined else 2
+    width = mosaic.tile_blocks(cells, before if is_joined else 0)
+    width = _multiple(triton.cdiv(length, block_size), width)
     if ROWS * _bytes_per_query(b, kv_heads, planes, width) > SCORE_BYTES:
         return None
     shape = {"group": n // kv_heads, "width": h, "dtype": str(query.dtype)}
-    heuristic = heuristic_mosaic_tiling(h)
+    heuristic = heuristic_mosaic_tiling(h, n // kv_heads)
     tiling = tuning.choose("selection_scores_mosaic", shape, heuristic)
 
     # Lowered once for all chunks.
@@ -186,11 +193,12 @@ def _mosaic_scores(
     return _Scores(planes, width, signed=False, tile_rows=ROWS, write=write)
 
 
-def heuristic_mosaic_tiling(width: int) -> mosaic.Tiling:
-    """The Mosaic kernel's tiling for heads of that width."""
+def heuristic_mosaic_tiling(width: int, group: int) -> mosaic.Tiling:
+    """The Mosaic kernel's tiling for groups of heads of that width."""
     return mosaic.Tiling(
         consumers=3,
-        tiles=1,
+        # So that keys serve as many products, whatever the group is.
+        tiles=max(1, 4 // group),
         slots=2 if width > 64 else 6,
         key_slots=2,
         programs=_device.multiprocessors(),

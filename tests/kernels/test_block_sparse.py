@@ -27,6 +27,7 @@ CASES = {
     "blocks of several kernel blocks": dict(b=1, t=111, k=1, n=2, block_size=48),
     "neighbours share blocks": dict(b=2, t=70, g=3, n=5, shared=True),
     "shared by some": dict(t=101, s=110, lists=4, n=5, shared=True, packed=True),
+    "long lists": dict(t=17, s=700, k=1, n=40),
     "in chunks": dict(b=2, t=33, packed=True, chunk=8),
     "in a loop of chunks": dict(b=2, t=40, n=4, shared=True, chunk=8, listed=1),
     "in portions": dict(b=2, t=33, chunk=33),

@@ -225,8 +225,13 @@ def test_lowers_under_shard_map_and_vmap():
     [(16, None, 2, 128), (16, 512, 2, 64), (16, 600, 2, 128), (1, 600, 1, 128)],
 )
 def test_heuristic_steps_hardly_reach_beyond_the_window(group, window, cluster, edge):
-    tiling = kernel._tiling(128, group, 1, 1, window)
+    tiling = kernel._tiling(128, group, 4096, 1, 1, window)
     assert (tiling.cluster, tiling.edge) == (cluster, edge)
+
+
+def test_heuristic_steps_are_small_where_there_are_few_keys():
+    steps = [kernel._tiling(128, 16, keys, 32, 16, None).keys for keys in (1023, 2047)]
+    assert steps == [64, 128]
 
 
 @pytest.mark.parametrize(

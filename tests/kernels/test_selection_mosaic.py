@@ -31,6 +31,10 @@ CASES = {
     "several items": (dict(t=70, s=1200, **FINE), {}),
     "three heads": (dict(t=20, s=600, g=3, **FINE), dict(slots=5)),
     "one head": (dict(t=70, s=600, g=1, **FINE), dict(slots=3, turns=False)),
+    "one head, longer windows": (
+        dict(t=70, s=900, g=1, kernel_size=12, stride=4, block_size=16),
+        dict(consumers=3),
+    ),
     "three consumers": (dict(t=20, s=1600, **FINE), dict(consumers=3)),
     "several tiles, keys ahead": (
         dict(t=150, s=1200, g=1, **FINE),
@@ -92,10 +96,18 @@ def test_equals_the_jnp_form(case):
 @pytest.mark.usefixtures("no_races")
 def test_in_chunks(monkeypatch):
     query, key_cmp, options = inputs(t=150, s=300, g=1, **FINE)
-    # Of 64 queries, each with two planes of 32 scores.
-    monkeypatch.setattr(triton, "SCORE_BYTES", 70 * 2 * 4 * 32)
+    # Of 64 queries, each with 48 scores.
+    monkeypatch.setattr(triton, "SCORE_BYTES", 70 * 4 * 48)
     expected = nsa_xla(*wide(query, key_cmp), options)
     np.testing.assert_array_equal(run(query, key_cmp, options), expected)
+
+
+@pytest.mark.usefixtures("no_races")
+def test_one_plane_holds_the_sum_of_two(monkeypatch):
+    query, key_cmp, options = inputs(t=70, s=900, g=2, **FINE)
+    two = run(query, key_cmp, options)
+    monkeypatch.setattr(triton, "MAX_JOINED", 2)
+    np.testing.assert_array_equal(run(query, key_cmp, options), two)
 
 
 @pytest.mark.usefixtures("no_races")
@@ -138,22 +150,22 @@ def shapes(b=1, t=8192, n=64, k=4, h=128, m=511, dtype=jnp.bfloat16):
     )
 
 
-def score(query, key_cmp, lse, step, cells=4):
+def score(query, key_cmp, lse, step, cells=4, planes=2):
     """The kernel's launch for chunks of 4096 queries."""
-    b, _, k, _ = key_cmp.shape
+    b, _, k, width = key_cmp.shape
     return kernel.block_scores(
         query,
         key_cmp,
         lse,
         step,
         None,
-        scores=shape(b, k, 4096, 2, 256, dtype=jnp.float32),
+        scores=shape(b, k, 4096, planes, 288, dtype=jnp.float32),
         length=8192,
         kernel_size=32,
         stride=16,
         cells=cells,
         scale_log2=0.1,
-        tiling=triton.heuristic_mosaic_tiling(query.shape[-1]),
+        tiling=triton.heuristic_mosaic_tiling(width, query.shape[2] // k),
     )
 
 
@@ -167,6 +179,7 @@ STEP = shape(1, dtype=jnp.int32)
         (shapes(), {}),
         (shapes(t=8001, m=600), {"cells": 16}),
         (shapes(h=64, dtype=jnp.float16, n=12), {"cells": 1}),
+        (shapes(n=16, k=16), {"planes": 1}),
     ],
 )
 def test_lowers_for_hopper(lower_for_h100, arrays, options):
