@@ -87,9 +87,10 @@ TUNING = {
     ),
     "selective_key_gradient_mosaic": Tuning(
         [
-            mosaic_key_gradient.Tiling(pack, kv_heads, slots, programs=132)
+            mosaic_key_gradient.Tiling(pack, kv_heads, slots, 132, ahead)
             for pack, kv_heads in ((1, 1), (1, 2), (2, 1), (4, 1))
             for slots in (2, 3, 4)
+            for ahead in (False, True)
         ],
         case="jattn",
         direction="backward",

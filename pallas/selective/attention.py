@@ -563,9 +563,10 @@ def mask_gradient_kernel(
             logits_gradient_ptr += place
             size = tl.num_programs(2).to(tl.int64) * CHUNK * rows
             for part in range(PARTS):
-                total += _load_fragments(
+                kept = _load_fragments(
                     logits_gradient_ptr + part * size, rows, KEYS, ROWS
                 )
+                total += kept.to(tl.float32)
         else:
             if AHEAD:
                 bias = _load_fragments(bias_ptr, rows, KEYS, ROWS)

@@ -6,16 +6,19 @@ Letters as in `jattn.pallas.selective.triton`.
 import dataclasses
 import functools
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _triton, tuning
-from jattn.pallas.selective import attention, mask, mosaic_key_gradient
+from jattn.pallas.selective import attention, mask, mosaic_key_gradient, selection
 from jattn.pallas.selective import work as shared
+from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import (
     LOG2_E,
+    Tiling,
     Work,
     chunks_of,
     firsts,
@@ -29,76 +32,88 @@ PROGRAMS = 264
 # anything else that a matrix product could be divided by.
 SUMMANDS = 8
 
+# How the gradients of logits that were kept are cut up, and how many queries a program
+# has there; and how the product of these and the selecting head's keys is.
+KEPT = Tiling(rows=32, keys=64, warps=4, stages=1, registers=128)
+STRIP = 512
+SELECTING = Tiling(rows=64, keys=64, warps=4, stages=3)
 
-def key_gradients(work: Work, carries, cotangents, memory_gradient):
+
+def key_gradients(work: Work, carries, cotangents: Cotangents, memory_gradient):
     """Gradients of the selecting head's query (by F alone), key, value and mask."""
     mask_tiling = work.tiling("mask_gradient")
     if work.mosaic:
         prepare = _mosaic_key_gradients
         tiling = _mosaic_key_tiling(work)
         members, keeping = tiling.members, shared.MOSAIC_KEEPING_HEADS
+        has_sums = tiling.ahead
     else:
         prepare = _triton_key_gradients
         tiling = work.tiling("key_gradient")
         members = math.gcd(work.heads // work.kv_heads, tiling.heads)
-        keeping = shared.KEEPING_HEADS
+        keeping, has_sums = shared.KEEPING_HEADS, False
     parts = work.heads // members if members >= keeping else 0
     if parts:
         # What one kernel has left out, the other does not read.
         mask_tiling = dataclasses.replace(mask_tiling, keys=tiling.keys)
-    # Of each key: F, the parts of the gradient of the logits and their sum, and the
-    # gradient of the selecting head's products.
-    size = work.batch * work.rows * (4 * (2 + parts) + work.query.dtype.itemsize)
+    # What was kept with its sums is read once.
+    once = parts > 0 and has_sums and memory_gradient is None
+    # Of each key: F, the parts of the gradient of the logits and, unless they are read
+    # once, their sum; and the gradient of the selecting head's products.
+    narrow = work.query.dtype.itemsize
+    size = 4 + (parts + 1) * narrow if once else 4 * (2 + parts) + narrow
+    size *= work.batch * work.rows
     chunks, chunk = chunks_of(work.columns, size, shared.GRADIENT_BYTES)
     columns = chunks * chunk
-    selecting_query = lengthened(work.query[:, :, 0], work.rows)
-    summands = math.gcd(work.blocks, SUMMANDS)
-    selecting_key = lengthened(work.key[:, :, 0], columns)
-    product = functools.partial(
-        jnp.einsum,
-        precision=jax.lax.Precision.HIGHEST,
-        preferred_element_type=jnp.float32,
-    )
     dead_blocks = work.dead_blocks(carries)
-    ends, mask_ends = (
-        work.ends(carries, x.keys, columns) for x in (tiling, mask_tiling)
-    )
+    ends = work.ends(carries, tiling.keys, columns)
     attend = prepare(work, ends, cotangents, chunk, columns, tiling, parts > 0)
-
-    def step(selecting, first):
-        region = jnp.stack([jnp.zeros_like(first), first])
-        bias, _ = work.bias(
-            carries, dead_blocks, region, work.rows, chunk, transposed=True
-        )
-        key_gradient, value_gradient, parts_gradient = attend(bias, region)
-        operands = work.query, work.key, work.value, bias, work.starts
-        gradient, mask_gradient = _selection_gradient(
+    if once:
+        select = functools.partial(
+            _selection_from_kept,
             work,
-            (*operands, mask_ends, region, *cotangents, parts_gradient),
+            ends,
+            chunk=chunk,
+            columns=columns,
+            end_keys=tiling.keys,
+        )
+    else:
+        select = _selection_by_products(
+            work,
+            work.ends(carries, mask_tiling.keys, columns),
+            cotangents.arrays,
+            memory_gradient,
             chunk,
             columns,
             mask_tiling,
             parts,
-            memory_gradient,
-        )
-        keys = jax.lax.dynamic_slice_in_dim(selecting_key, first, chunk, axis=1)
-        selecting += product("bts,bsh->bth", gradient, keys)
-        selected = [
-            x.reshape(work.batch, summands, -1, x.shape[-1])
-            for x in (gradient, selecting_query)
-        ]
-        selected = jnp.sum(product("bzts,bzth->bzsh", *selected), axis=1)
-        key_gradient = key_gradient.at[:, :, 0].add(selected)
-        return selecting, (
-            key_gradient.astype(work.key.dtype),
-            value_gradient.astype(work.value.dtype),
-            mask_gradient,
         )
 
-    [start] = work.vary([jnp.zeros(selecting_query.shape, jnp.float32)])
-    selecting, gradients = jax.lax.scan(step, start, firsts(chunks, chunk))
-    gradients = [work.joined(x, work.keys) for x in gradients]
-    return selecting[:, : work.queries], *gradients
+    def step(results, first):
+        selecting, *gradients = results
+        region = jnp.stack([jnp.zeros_like(first), first])
+        bias, _ = work.bias(
+            carries, dead_blocks, region, work.rows, chunk, transposed=True
+        )
+        key_gradient, value_gradient, *kept = attend(bias, region)
+        selecting, selected, mask_gradient = select(bias, kept, region, selecting)
+        selected += key_gradient[:, :, 0].astype(jnp.float32)
+        key_gradient = key_gradient.at[:, :, 0].set(selected.astype(key_gradient.dtype))
+        gradients = [
+            jax.lax.dynamic_update_slice_in_dim(x, y.astype(x.dtype), first, axis=1)
+            for x, y in zip(gradients, (key_gradient, value_gradient), strict=True)
+        ]
+        return (selecting, *gradients), mask_gradient
+
+    start = [jnp.zeros((work.batch, work.rows, work.key_width), jnp.float32)]
+    for x in (work.key, work.value):
+        start.append(jax.lax.empty((work.batch, columns, *x.shape[2:]), x.dtype))
+    (selecting, *gradients), mask_gradient = jax.lax.scan(
+        step, tuple(work.vary(start)), firsts(chunks, chunk)
+    )
+    gradients = [x[:, : work.keys] for x in gradients]
+    mask_gradient = work.joined(mask_gradient, work.keys)
+    return selecting[:, : work.queries], *gradients, mask_gradient
 
 
 def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling, keep):
@@ -113,6 +128,7 @@ def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling, 
     slices = triton.cdiv(PROGRAMS, work.batch * tiles)
     slices = min(slices, work.rows // work.block)
     shape = slices, work.batch, chunk, parts
+    arrays = cotangents.arrays
     kept = (parts, work.batch, chunk, work.rows) if keep else (1, 1, 1, 1)
 
     def attend(bias, region):
@@ -125,7 +141,7 @@ def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling, 
             work.starts,
             ends,
             region,
-            *cotangents,
+            *arrays,
             float(work.scale) * LOG2_E,
             work.queries,
             work.keys,
@@ -150,7 +166,8 @@ def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling, 
             KEEP=keep,
             **work.sizes,
         )
-        return *_added(work, key_gradient, value_gradient), parts_gradient
+        gradients = _added(work, work.scale * key_gradient, value_gradient)
+        return *gradients, parts_gradient
 
     return attend
 
@@ -167,13 +184,14 @@ def _mosaic_key_tiling(work: Work):
 
 def _mosaic_key_gradients(work: Work, ends, cotangents, _, columns, tiling, keep):
     """What _triton_key_gradients gives."""
-    out_gradient, shift, delta = cotangents
-    query, out_gradient = (lengthened(x, work.rows) for x in (work.query, out_gradient))
+    query, out_gradient = (
+        lengthened(x, work.rows) for x in (work.query, cotangents.out_gradient)
+    )
     key, value = (lengthened(x, columns) for x in (work.key, work.value))
-    per_row = mosaic_key_gradient.statistics(shift, delta, tiling.members, work.rows)
+    per_row = cotangents.statistics(tiling.pack, tiling.rows, work.rows)
 
     def attend(bias, region):
-        key_gradient, value_gradient, parts = mosaic_key_gradient.key_gradients(
+        key_gradient, value_gradient, *kept = mosaic_key_gradient.key_gradients(
             query,
             key,
             value,
@@ -188,25 +206,58 @@ def _mosaic_key_gradients(work: Work, ends, cotangents, _, columns, tiling, keep
             keep=keep,
             tiling=tiling,
         )
-        if parts is None:
-            parts = jnp.zeros((1, 1, 1, 1), jnp.float32)
-        return *_added(work, key_gradient, value_gradient), parts
+        return *_added(work, key_gradient, value_gradient), *kept
 
     return attend
 
 
 def _added(work: Work, *partial_sums):
-    """Gradients of key and value [B, CHUNK, K, ..] from partial sums.
+    """Arrays [B, CHUNK, K, ..] from partial sums [SLICES, B, CHUNK, PARTS, ..]."""
+    return [
+        jnp.sum(x.reshape(*x.shape[:3], work.kv_heads, -1, x.shape[-1]), axis=(0, 4))
+        for x in partial_sums
+    ]
 
-    Each is [SLICES, B, CHUNK, PARTS, ..], the first one without the factor scale.
+
+def _selection_by_products(
+    work: Work, ends, arrays, memory_gradient, chunk, columns, tiling, parts
+):
+    """Returns what has the result of _selection_from_kept, where less was kept.
+
+    With two kernels, so that sums over queries are known in the second, and matrix
+    products.
     """
+    selecting_query = lengthened(work.query[:, :, 0], work.rows)
+    summands = math.gcd(work.blocks, SUMMANDS)
+    selecting_key = lengthened(work.key[:, :, 0], columns)
+    product = functools.partial(
+        jnp.einsum,
+        precision=jax.lax.Precision.HIGHEST,
+        preferred_element_type=jnp.float32,
+    )
 
-    def total(x):
-        x = x.reshape(*x.shape[:3], work.kv_heads, -1, x.shape[-1])
-        return jnp.sum(x, axis=(0, 4))
+    def select(bias, kept, region, selecting):
+        parts_gradient = kept[0] if kept else jnp.zeros((1, 1, 1, 1), jnp.float32)
+        operands = work.query, work.key, work.value, bias, work.starts
+        gradient, mask_gradient = _selection_gradient(
+            work,
+            (*operands, ends, region, *arrays, parts_gradient),
+            chunk,
+            columns,
+            tiling,
+            parts,
+            memory_gradient,
+        )
+        keys = jax.lax.dynamic_slice_in_dim(selecting_key, region[1], chunk, axis=1)
+        selecting += product("bts,bsh->bth", gradient, keys)
+        selected = [
+            x.reshape(work.batch, summands, -1, x.shape[-1])
+            for x in (gradient, selecting_query)
+        ]
+        selected = jnp.sum(product("bzts,bzth->bzsh", *selected), axis=1)
+        return selecting, selected, mask_gradient
 
-    key_gradient, value_gradient = map(total, partial_sums)
-    return work.scale * key_gradient, value_gradient
+    return select
 
 
 def _selection_gradient(
@@ -277,3 +328,91 @@ def _selection_gradient(
         **work.key_sizes,
     )
     return gradient, -until[:, 0]
+
+
+def _selection_from_kept(
+    work: Work, ends, _, kept, region, selecting, *, chunk, columns, end_keys
+):
+    """Gradients through F from that of the logits, which was kept with its sums.
+
+    Returns that of the selecting head's query, [B, rows, H] in fp32, added to what the
+    other chunks give; that of its key, [B, chunk, H] in fp32; and that of the initial
+    mask, [B, chunk].
+    """
+    parts, sums = kept
+    steps = sums.shape[2]
+    tokens = work.rows // steps
+    # Those that were written, [B, steps, keys of a consumer].
+    first_key = region[1] + jnp.arange(0, chunk, mosaic_key_gradient.KEYS)
+    token = jnp.arange(0, work.rows, tokens)[:, None]
+    last = jax.lax.dynamic_slice_in_dim(
+        ends, region[1] // end_keys, chunk // end_keys, axis=1
+    )
+    last = jnp.repeat(last, end_keys // mosaic_key_gradient.KEYS, axis=1)[:, None]
+    written = (first_key - work.offset < token + tokens) & (token < last)
+    written = jnp.repeat(written, mosaic_key_gradient.KEYS, axis=2)
+    sums = jnp.where(written, sums, 0)
+    strips = triton.cdiv(work.rows, STRIP)
+    padding = [(0, 0)] * 4
+    padding[2] = (0, strips * STRIP // tokens - steps)
+    sums = jnp.pad(sums, padding)
+    sums = sums.reshape(*sums.shape[:2], strips, -1, chunk).sum(axis=(0, 3))
+    until = jnp.cumsum(sums[:, ::-1], axis=1)[:, ::-1]
+    later = jnp.pad(until[:, 1:], [(0, 0), (0, 1), (0, 0)])
+    sizes: dict[str, Any] = dict(
+        KV_HEADS=work.kv_heads,
+        CHUNK=chunk,
+        END_KEYS=end_keys,
+        H=work.key_width,
+        H_PAD=shared.padded(work.key_width),
+    )
+    gradient, key_gradient = _triton.call(
+        selection.selection_kernel,
+        work.query,
+        work.key,
+        ends,
+        parts,
+        later,
+        region,
+        float(work.scale),
+        work.queries,
+        work.keys,
+        work.rows,
+        columns,
+        outputs=[
+            work.array(work.batch, chunk, work.rows, dtype=work.query.dtype),
+            work.array(strips, work.batch, chunk, work.key_width),
+        ],
+        grid=(chunk // KEPT.keys, strips, work.batch),
+        num_warps=KEPT.warps,
+        num_stages=KEPT.stages,
+        max_registers=KEPT.registers,
+        ROWS=KEPT.rows,
+        KEYS=KEPT.keys,
+        HEADS=work.heads,
+        PARTS=parts.shape[0],
+        STRIP=STRIP,
+        **sizes,
+    )
+    [selecting] = _triton.call(
+        selection.selecting_kernel,
+        work.key,
+        ends,
+        gradient,
+        region,
+        selecting,
+        work.queries,
+        work.keys,
+        work.rows,
+        columns,
+        outputs=[],
+        updated=[4],
+        grid=(work.rows // SELECTING.rows, work.batch),
+        num_warps=SELECTING.warps,
+        num_stages=SELECTING.stages,
+        ROWS=SELECTING.rows,
+        KEYS=SELECTING.keys,
+        SKIP=work.skip,
+        **sizes,
+    )
+    return selecting, jnp.sum(key_gradient, axis=0), -until[:, 0]

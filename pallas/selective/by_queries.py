@@ -12,10 +12,10 @@ from jattn.pallas import _triton, tuning
 from jattn.pallas.selective import (
     attention,
     mosaic,
-    mosaic_key_gradient,
     mosaic_query_gradient,
 )
 from jattn.pallas.selective import work as shared
+from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import (
     LOG2_E,
     Work,
@@ -102,17 +102,18 @@ def _mosaic_forward(work: Work, carries):
     return out, lse, None if kept is None else work.joined(kept, work.queries)
 
 
-def query_gradient(work: Work, carries, cotangents):
+def query_gradient(work: Work, carries, cotangents: Cotangents):
     """The gradient of query for a given F."""
     if work.mosaic:
-        return _mosaic_query_gradient(work, carries, *cotangents)
+        return _mosaic_query_gradient(work, carries, cotangents)
     chunks, chunk = _query_chunks(work)
     start = [jax.lax.empty(work.query.shape, work.query.dtype)]
-    launch = _by_queries(work, "query_gradient", carries, chunk, cotangents, 3)
+    arrays = cotangents.arrays
+    launch = _by_queries(work, "query_gradient", carries, chunk, arrays, 3)
     return jax.lax.scan(launch, work.vary(start), firsts(chunks, chunk))[0][0]
 
 
-def _mosaic_query_gradient(work: Work, carries, out_gradient, shift, delta):
+def _mosaic_query_gradient(work: Work, carries, cotangents: Cotangents):
     """The gradient of query for a given F."""
     tiling = tuning.choose(
         "selective_query_gradient_mosaic",
@@ -125,9 +126,11 @@ def _mosaic_query_gradient(work: Work, carries, out_gradient, shift, delta):
     size = 4 * work.batch * work.columns
     chunks, chunk = chunks_of(work.rows, size, 4 * shared.CHUNK_BYTES)
     rows = chunks * chunk
-    query, out_gradient = (lengthened(x, rows) for x in (work.query, out_gradient))
+    query, out_gradient = (
+        lengthened(x, rows) for x in (work.query, cotangents.out_gradient)
+    )
     key, value = (lengthened(x, work.columns) for x in (work.key, work.value))
-    per_row = mosaic_key_gradient.statistics(shift, delta, tiling.pack, rows)
+    per_row = cotangents.statistics(tiling.pack, mosaic_query_gradient.ROWS, rows)
     dead_blocks = work.dead_blocks(carries)
     live = work.live_tiles(carries, mosaic_query_gradient.KEYS)
 

@@ -118,23 +118,35 @@ def _products(
     ROWS: tl.constexpr,
     KEYS: tl.constexpr,
     PACKED: tl.constexpr,
+    TRANSPOSED: tl.constexpr = False,  # pyright: ignore[reportArgumentType]
 ):
     """The selecting head's q·k of a tile; who may select whom, and who sees whom.
 
-    A query selects neither itself nor the first token of its document.
+    A query selects neither itself nor the first token of its document. TRANSPOSED,
+    the tiles are [KEYS, ROWS].
     """
     token = first_token + tl.arange(0, ROWS)
     position = first_key + tl.arange(0, KEYS)
     live, exists = token < queries, position < keys
     query = _load_rows(query_ptr, (batch * queries + token) * HEADS, live, H, H_PAD)
     key = _load_rows(key_ptr, (batch * keys + position) * KV_HEADS, exists, H, H_PAD)
-    products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
     first = _first_seen(starts_ptr, batch, token, queries, keys, PACKED)
-    selects = first[:, None] < position[None, :]
-    selects &= position[None, :] < (token + keys - queries)[:, None]
-    sees = first[:, None] <= position[None, :]
-    sees &= position[None, :] <= (token + keys - queries)[:, None]
-    return products, selects & live[:, None], sees & live[:, None]
+    if TRANSPOSED:
+        if key.dtype.primitive_bitwidth > 16:
+            # Both wide operands in shared memory would not fit.
+            products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+            products = tl.trans(products)
+        else:
+            products = tl.dot(key, tl.trans(query))
+        token, first, live = token[None, :], first[None, :], live[None, :]
+        position = position[:, None]
+    else:
+        products = tl.dot(query, tl.trans(key), input_precision="tf32x3")
+        token, first, live = token[:, None], first[:, None], live[:, None]
+        position = position[None, :]
+    selects = (first < position) & (position < token + keys - queries) & live
+    sees = (first <= position) & (position <= token + keys - queries) & live
+    return products, selects, sees
 
 
 @triton.jit
@@ -213,8 +225,8 @@ def bias_kernel(
 ):
     """The bias of one block of queries and one tile of keys in a region.
 
-    With MEMORY also how much each query still needs of the tile, of keys that count 0
-    once the bias has come down to -limit. A skipped tile counts 0.
+    With MEMORY, but not TRANSPOSED, also how much each query still needs of the tile,
+    of keys that count 0 once the bias has come down to -limit. A skipped tile counts 0.
     """
     batch = tl.program_id(2).to(tl.int64)
     first_token = tl.load(region_ptr) + tl.program_id(1) * ROWS
@@ -252,19 +264,20 @@ def bias_kernel(
         ROWS,
         KEYS,
         PACKED,
+        TRANSPOSED,
     )
     selected = tl.where(selects, tl.maximum(products, 0.0), 0.0)
     # A selection holds for strictly later queries.
-    earlier = tl.cumsum(selected, axis=0) - selected
+    earlier = tl.cumsum(selected, axis=1 if TRANSPOSED else 0) - selected
     carry = tl.load(carries_ptr + block * columns + first_key + tl.arange(0, KEYS))
-    bias = -(carry[None, :] + earlier)
+    bias = -(tl.expand_dims(carry, 1 if TRANSPOSED else 0) + earlier)
     if MEMORY:
         kept = tl.where(sees, tl.maximum(limit + bias, 0.0) / limit, 0.0)
         tl.store(kept_ptr, tl.sum(kept, axis=1))
     bias_ptr += batch * rows * width
     if TRANSPOSED:
         bias_ptr += column * rows + row * 16
-        _store_fragments(bias_ptr, tl.trans(bias), rows, 1, KEYS, ROWS)
+        _store_fragments(bias_ptr, bias, rows, 1, KEYS, ROWS)
     else:
         bias_ptr += row * width + column * 16
         _store_fragments(bias_ptr, bias, width, 1, ROWS, KEYS)

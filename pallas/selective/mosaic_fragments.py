@@ -69,8 +69,9 @@ def store(ref: Any, tile: jax.Array) -> None:
     """Writes a matrix to global memory.
 
     Args:
-      ref: fp32 [4, c, NUMBERS].
-      tile: fp32 [64, 8 c], shared by the threads of a warpgroup like an accumulator.
+      ref: [4, c, NUMBERS].
+      tile: [64, 8 c] of the same dtype, fp32, bf16 or fp16, shared by the threads of a
+        warpgroup like an accumulator.
     """
     if _mosaic.interpretation() is not None:
         rows, columns = (
@@ -110,4 +111,5 @@ def _pointer(ref, place, fragment):
     i32 = ir.IntegerType.get_signless(32)
     place = arith.addi(place, mgpu.c(fragment * NUMBERS, i32))
     pointer = mgpu.utils.memref_ptr(ref)
-    return mgpu.utils.getelementptr(pointer, [place], ir.F32Type.get())
+    dtype = ir.MemRefType(ref.type).element_type
+    return mgpu.utils.getelementptr(pointer, [place], dtype)

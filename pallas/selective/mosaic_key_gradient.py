@@ -5,7 +5,7 @@ of each: the members. It goes through the tokens that see the keys, a few at a t
 these times the query heads of a kv head are the rows of a tile, heads first:
 
     S = Q K' - F / scale    P = exp(scale S - lse)    dV += P' dO
-    dP = dO V'    dS = P ∘ (dP - delta)    dK += dS' Q    dF -= Σ_members dS
+    D = dO V' - delta    dS = P ∘ D    dK += dS' Q    dF -= Σ_members dS
 
 Each of two consumers (warpgroups that compute) has half of the keys, and keeps dK and
 dV in registers; a producer loads a ring of tiles of rows, and of F, into shared memory.
@@ -56,12 +56,15 @@ class Tiling:
       slots: Tiles of rows in flight.
       programs: Thread blocks that the tokens are divided among, at most, unless there
         are more tiles.
+      ahead: Whether the first products of some rows are under way before the last ones
+        of the rows before, which takes registers.
     """
 
     pack: int
     kv_heads: int
     slots: int
     programs: int
+    ahead: bool
 
     @property
     def keys(self) -> int:
@@ -72,6 +75,11 @@ class Tiling:
     def members(self) -> int:
         """Query heads of a thread block, M."""
         return self.pack * self.kv_heads
+
+    @property
+    def rows(self) -> int:
+        """Rows of a tile in a kv head, R."""
+        return ROWS // self.kv_heads
 
 
 def tiling(width: int, heads: int, group: int) -> Tiling:
@@ -86,31 +94,8 @@ def tiling(width: int, heads: int, group: int) -> Tiling:
         kv_heads=kv_heads,
         slots=min((SHARED_MEMORY - keys) // slot, 6),
         programs=_device.multiprocessors(),
+        ahead=width <= 64,
     )
-
-
-def statistics(
-    shift: jax.Array, delta: jax.Array, members: int, rows: int
-) -> jax.Array:
-    """Two numbers for each row: shift, such that P = 2 ** (S - shift), and delta.
-
-    Args:
-      shift: fp32 [B, T, N].
-      delta: fp32 [B, T, N].
-      members: Query heads of a tile, M.
-      rows: Tokens of whole tiles, at least T.
-
-    Returns:
-      fp32 [B, N / M, 2, rows M]; infinity and 0 where there are no tokens.
-    """
-    batch, _, heads = shift.shape
-
-    def by_row(x, filling):
-        x = _mosaic.padded(x, 1, rows, filling)
-        x = x.reshape(batch, -1, ROWS // members, heads // members, members)
-        return x.transpose(0, 3, 1, 4, 2).reshape(batch, heads // members, -1)
-
-    return jnp.stack([by_row(shift, jnp.inf), by_row(delta, 0)], axis=2)
 
 
 def key_gradients(
@@ -128,7 +113,7 @@ def key_gradients(
     scale: float,
     keep: bool,
     tiling: Tiling,
-) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+) -> tuple[jax.Array, ...]:
     """What some query heads at a time give the gradients of a chunk of keys.
 
     In the interpreter P and dS are not operands in registers, which it does not know,
@@ -140,7 +125,7 @@ def key_gradients(
       key: [B, columns, K, H], of all chunks.
       value: [B, columns, K, H].
       bias: -F / scale, [B, chunk, rows] in fragments.
-      per_row: `statistics` of rows tokens.
+      per_row: `Cotangents.statistics` by tiles of `tiling.rows`.
       out_gradient: [B, rows, N, H].
       ends: int32 [B, columns / TILE_KEYS], one past the last query that needs a tile.
       region: int32 [2], where the second is the first key of the chunk.
@@ -151,9 +136,13 @@ def key_gradients(
       tiling: Tile sizes.
 
     Returns:
-      Gradients of key, but for the factor scale, and of value, fp32 [slices, B, chunk,
-      N / pack, H]; that of S, fp32 [N / M, B, chunk, rows] in fragments, where it is
-      seen; None unless it is kept.
+      Gradients of key and value [slices, B, chunk, N / pack, H], partial sums of them
+      in fp32 or, if there is but one for each kv head, of their dtype. If it is kept
+      also that of S, summed over the members in fp32, [N / M, B, chunk, rows] in
+      fragments. Ahead, this is rounded as for its products, and its sums over the
+      tokens of each tile follow, fp32 [N / M, B, rows / tokens, chunk]. Both are
+      written where any token of a tile sees one of KEYS keys and comes before their
+      end.
 
     Raises:
       ValueError: The tiling's heads do not divide those of the arguments.
@@ -188,12 +177,17 @@ def key_gradients(
         region,
     )
     shape = sizes.slices, batch, chunk, heads // tiling.pack, width
-    shapes = [shape, shape]
+    whole = sizes.slices == 1 and tiling.pack == group
+    types = [jax.ShapeDtypeStruct(shape, key.dtype if whole else jnp.float32)] * 2
     if keep:
-        shapes.append((parts, batch, *folded))
+        dtype = query.dtype if tiling.ahead else jnp.float32
+        types.append(jax.ShapeDtypeStruct((parts, batch, *folded), dtype))
+    if keep and tiling.ahead:
+        shape = parts, batch, rows // sizes.tokens, chunk
+        types.append(jax.ShapeDtypeStruct(shape, jnp.float32))
     results = plgpu.kernel(
         functools.partial(_kernel, sizes=sizes),
-        out_type=[jax.ShapeDtypeStruct(x, jnp.float32) for x in shapes],
+        out_type=types,
         scratch_types=_memory_types(sizes, query.dtype, interpret is not None),
         grid=(tiles * parts * sizes.slices * batch,),
         grid_names=("program",),
@@ -206,9 +200,9 @@ def key_gradients(
         interpret=interpret,
     )(*operands)
     key_gradient, value_gradient, *kept = _triton.vary_like(results, operands)
-    if not kept:
-        return key_gradient, value_gradient, None
-    return key_gradient, value_gradient, kept[0].reshape(parts, batch, chunk, rows)
+    if keep:
+        kept[0] = kept[0].reshape(parts, batch, chunk, rows)
+    return key_gradient, value_gradient, *kept
 
 
 def _slices(tiles, queries, tiling):
@@ -251,7 +245,7 @@ class _Sizes:
     @property
     def rows(self) -> int:
         """Rows of a tile in a kv head, R."""
-        return ROWS // self.tiling.kv_heads
+        return self.tiling.rows
 
     @property
     def tokens(self) -> int:
@@ -269,7 +263,7 @@ class _Memory:
       query: [slots, kv heads, R, H].
       out_gradient: [slots, kv heads, R, H].
       bias: fp32 [slots, TILE_KEYS, tokens], in fragments.
-      statistics: fp32 [slots, 2, ROWS].
+      statistics: fp32 [slots, kv heads, 2, R].
       weights: [CONSUMERS, KEYS, R], P and dS in the interpreter, else None.
       keys_full: Keys and values have been loaded.
       full: Of each slot.
@@ -314,10 +308,10 @@ def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any
         "query": rows,
         "out_gradient": rows,
         "bias": plgpu.SMEM(bias, jnp.float32),
-        "statistics": plgpu.SMEM((slots, 2, ROWS), jnp.float32),
+        "statistics": plgpu.SMEM((slots, kv_heads, 2, sizes.rows), jnp.float32),
         "weights": matrix(CONSUMERS, KEYS, sizes.rows) if interpreted else None,
         "keys_full": _mosaic.barriers(1, 2 * CONSUMERS * kv_heads),
-        "full": _mosaic.barriers(slots, 2 * tiling.members + 2),
+        "full": _mosaic.barriers(slots, 2 * tiling.members + kv_heads + 1),
         "empty": _mosaic.barriers(slots, CONSUMERS),
     }
 
@@ -432,12 +426,14 @@ class _Producer:
         def load_tile(i, slot):
             full = memory.full.at[slot]
             plgpu.barrier_wait(memory.empty.at[slot])
-            first_row = pl.multiple_of(i * ROWS, ROWS)
-            plgpu.copy_gmem_to_smem(
-                self.statistics.at[unit.batch, unit.part, :, pl.ds(first_row, ROWS)],
-                memory.statistics.at[slot],
-                full,
-            )
+            rows = pl.ds(pl.multiple_of(i * sizes.rows, sizes.rows), sizes.rows)
+            for kv_head in range(tiling.kv_heads):
+                part = unit.part * tiling.kv_heads + kv_head
+                plgpu.copy_gmem_to_smem(
+                    self.statistics.at[unit.batch, part, :, rows],
+                    memory.statistics.at[slot, kv_head],
+                    full,
+                )
             columns = pl.ds(pl.multiple_of(i * wide, wide), wide)
             plgpu.copy_gmem_to_smem(
                 self.bias.at[unit.batch, fragment_rows, columns],
@@ -485,21 +481,27 @@ class _Consumer:
     memory: _Memory
     sizes: _Sizes
 
-    def run(self, key_target, value_target, kept=None):
+    def run(self, key_target, value_target, *kept):
         """Writes the gradients of key, value and logits there."""
         gradients = self._add_up(kept)
         unit = self.get_unit()
         keys = pl.ds(unit.tile_key + self.me * KEYS, KEYS)
-        for i, pair in enumerate(gradients):
+        for i, (key_gradient, value_gradient) in enumerate(gradients):
             part = unit.part * len(gradients) + i
-            for target, gradient in zip((key_target, value_target), pair, strict=True):
+            for target, gradient in (
+                (key_target, key_gradient * self.sizes.scale),
+                (value_target, value_gradient),
+            ):
                 place = target.at[unit.slice, unit.batch, keys, part]
-                _mosaic.store(place, gradient)
+                _mosaic.store(place, gradient.astype(target.dtype))
 
     def _add_up(self, kept):
         """Gradients of key, but for the factor scale, and value, for each kv head."""
         memory, sizes = self.memory, self.sizes
-        for slot in range(sizes.tiling.slots):
+        slots, ahead = sizes.tiling.slots, sizes.tiling.ahead
+        # Ahead, a slot is emptied by the step after its own, and the last one is
+        # declared empty by the first step.
+        for slot in range(slots - ahead):
             plgpu.barrier_arrive(memory.empty.at[slot])
         unit = self.get_unit()
         first_key = unit.first_key + self.me * KEYS
@@ -510,29 +512,61 @@ class _Consumer:
         unseen = jnp.clip(unseen, unit.begin, unit.end)
         whole = jnp.clip(_mosaic.ceil_div(whole, sizes.tokens), unseen, unit.end)
 
+        def preceding(slot):
+            return jnp.where(slot == 0, slots, slot) - 1
+
+        def release(slot):
+            emptied = preceding(slot) if ahead else slot
+            plgpu.barrier_arrive(memory.empty.at[emptied])
+
         def skip(_, carry):
-            slot, gradients = carry
+            slot, *sums = carry
             plgpu.barrier_wait(memory.full.at[slot])
-            plgpu.barrier_arrive(memory.empty.at[slot])
-            return _mosaic.following(slot, sizes.tiling.slots), gradients
+            release(slot)
+            return _mosaic.following(slot, slots), *sums
 
         def step(i, carry, edge):
-            slot, gradients = carry
+            slot, gradients, pending = carry
             plgpu.barrier_wait(memory.full.at[slot])
             seen = self._seen(first_key, i) if edge else None
-            gradients, gradient = self._step(slot, gradients, seen)
-            plgpu.barrier_arrive(memory.empty.at[slot])
-            if kept is not None:
-                self._keep(kept, unit, i, gradient)
-            return _mosaic.following(slot, sizes.tiling.slots), gradients
+            if ahead:
+                # What is pending at first is 0, and multiplied by what there is.
+                before = jnp.where(i == unseen, slot, preceding(slot))
+                gradients, pending, gradient = self._step_ahead(
+                    slot, before, gradients, pending, seen, lambda: release(slot)
+                )
+            else:
+                gradients, gradient = self._step(slot, gradients, seen)
+                release(slot)
+            if kept:
+                self._keep(unit, i, gradient, *kept)
+            return _mosaic.following(slot, slots), gradients, pending
+
+        def finish(_, carry):
+            slot, gradients, pending = carry
+            return slot, self._add(preceding(slot), gradients, pending), pending
 
         zeros = _mosaic.zeros((KEYS, sizes.width))
-        carry = jnp.int32(0), ((zeros, zeros),) * sizes.tiling.kv_heads
+        gradients = ((zeros, zeros),) * sizes.tiling.kv_heads
+        pending = ()
+        if ahead:
+            pending = (_mosaic.zeros((KEYS, sizes.rows)).astype(self.dtype),) * 2
+        carry = jnp.int32(0), gradients, pending
         plgpu.barrier_wait(memory.keys_full)
         carry = lax.fori_loop(unit.begin, unseen, skip, carry)
         edge, plain = (functools.partial(step, edge=x) for x in (True, False))
         carry = lax.fori_loop(unseen, whole, edge, carry)
-        return lax.fori_loop(whole, unit.end, plain, carry)[1]
+        carry = lax.fori_loop(whole, unit.end, plain, carry)
+        if ahead:
+            some = jnp.minimum(unit.end - unseen, 1)
+            carry = lax.fori_loop(np.int32(0), some, finish, carry)
+            release(carry[0])
+        return carry[1]
+
+    @property
+    def dtype(self):
+        """That of keys and queries."""
+        return self.memory.query.dtype
 
     def _seen(self, first_key, tile):
         """Which rows of a tile see which key."""
@@ -543,13 +577,18 @@ class _Consumer:
         key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
         return key + first_key <= token
 
-    def _keep(self, kept, unit: _Unit, tile, gradient):
-        """Writes the gradient of logits, summed over the members."""
+    def _keep(self, unit: _Unit, tile, gradient, kept, sums=None):
+        """Writes the gradient of logits, summed over the members, and its sums."""
         high = KEYS // fragments.ROWS
         wide = self.sizes.tokens // fragments.COLUMNS
         first = _mosaic.div_rem(unit.tile_key, fragments.ROWS)[0] + self.me * high
         rows, columns = pl.ds(first, high), pl.ds(tile * wide, wide)
-        fragments.store(kept.at[unit.part, unit.batch, rows, columns], gradient)
+        target = kept.at[unit.part, unit.batch, rows, columns]
+        fragments.store(target, gradient.astype(target.dtype))
+        if sums is not None:
+            keys = pl.ds(unit.tile_key + self.me * KEYS, KEYS)
+            place = sums.at[unit.part, unit.batch, tile, keys]
+            _mosaic.store(place, jnp.sum(gradient, axis=1))
 
     def _step(self, slot, gradients, seen):
         """Adds what a tile of rows contributes, of which these are seen, or all.
@@ -558,97 +597,175 @@ class _Consumer:
         """
         memory, sizes = self.memory, self.sizes
         kv_heads = range(sizes.tiling.kv_heads)
-
-        # Made where they are used: a constant index must not enter run_state from
-        # outside.
-        def key(i):
-            return memory.key.at[i, self.me]
-
-        def value(i):
-            return memory.value.at[i, self.me]
-
-        def query(i):
-            return memory.query.at[slot, i]
-
-        def out_gradient(i):
-            return memory.out_gradient.at[slot, i]
-
-        high = KEYS // fragments.ROWS
-        first = pl.multiple_of(self.me * high, high)
-        bias = fragments.load(memory.bias.at[slot, pl.ds(first, high)], sizes.rows)
-
-        def weigh(i, logits):
-            if seen is not None:
-                logits = jnp.where(seen, logits, -jnp.inf)
-            shift = self._per_row(slot, i, 0)
-            return jnp.exp2(logits * (sizes.scale * LOG2_E) - shift)
-
-        def differentiate(i, weights, gradient):
-            return weights * (gradient - self._per_row(slot, i, 1))
-
-        def total(gradients):
-            step = sizes.tokens
-            parts = [
-                lax.slice(x, (0, i), (KEYS, i + step))
-                for x in gradients
-                for i in range(0, sizes.rows, step)
-            ]
-            return functools.reduce(jnp.add, parts)
-
+        bias = self._bias(slot)
         if memory.weights is not None:
-            staged = memory.weights.at[self.me]
             sums, of_logits = [], []
-            for i, (key_gradient, value_gradient) in enumerate(gradients):
-                logits = _mosaic.product(key(i), query(i).transpose((1, 0))) + bias
-                weights = weigh(i, logits)
-                gradient = _mosaic.product(value(i), out_gradient(i).transpose((1, 0)))
-                gradient = differentiate(i, weights, gradient)
+            for i, pair in enumerate(gradients):
+                weights, gradient = self._interpreted(slot, i, seen)
                 of_logits.append(gradient)
-                staged[...] = weights.astype(staged.dtype)
-                plgpu.commit_smem()
-                value_gradient += _mosaic.product(staged, out_gradient(i))
-                staged[...] = gradient.astype(staged.dtype)
-                plgpu.commit_smem()
-                key_gradient += _mosaic.product(staged, query(i))
-                sums.append((key_gradient, value_gradient))
-            return tuple(sums), total(of_logits)
+                sums.append(self._interpreted_sums(slot, i, pair, weights, gradient))
+            return tuple(sums), self._total(of_logits)
 
         def multiply(references):
             gradients, logits, gradient, kept = references
             ahead = 2 * len(kv_heads) - 1
             for i in kv_heads:
-                plgpu.wgmma(logits[i], key(i), query(i).transpose((1, 0)))
+                plgpu.wgmma(logits[i], self._key(i), self._query(slot, i, True))
             for i in kv_heads:
-                plgpu.wgmma(gradient[i], value(i), out_gradient(i).transpose((1, 0)))
+                plgpu.wgmma(gradient[i], self._value(i), self._out(slot, i, True))
             weights, of_logits = [], []
             for i in kv_heads:
                 x = plgpu.wgmma_accumulator_load(logits[i], wait_n=ahead)
-                weights.append(weigh(i, x))
-                x = weights[i].astype(memory.query.dtype)
-                plgpu.wgmma(gradients[i][1], x, out_gradient(i))
+                weights.append(self._weigh(slot, i, x, seen))
+                x = weights[i].astype(self.dtype)
+                plgpu.wgmma(gradients[i][1], x, self._out(slot, i))
             for i in kv_heads:
                 x = plgpu.wgmma_accumulator_load(gradient[i], wait_n=ahead)
-                of_logits.append(differentiate(i, weights[i], x))
-                x = of_logits[i].astype(memory.query.dtype)
-                plgpu.wgmma(gradients[i][0], x, query(i))
+                of_logits.append(weights[i] * (x + self._per_row(slot, i, 1)))
+                x = of_logits[i].astype(self.dtype)
+                plgpu.wgmma(gradients[i][0], x, self._query(slot, i))
             for reference in kept:
-                reference[...] = total(of_logits)
+                reference[...] = self._total(of_logits)
 
-        square = KEYS, sizes.rows
         accumulators = (
             gradients,
             [bias for _ in kv_heads],
-            [_mosaic.zeros(square) for _ in kv_heads],
+            [_mosaic.zeros((KEYS, sizes.rows)) for _ in kv_heads],
         )
         accumulators = jax.tree.map(plgpu.WGMMAAccumulatorRef.init, accumulators)
         kept = [_mosaic.zeros((KEYS, sizes.tokens))] if sizes.keep else []
         gradients, _, _, kept = pl.run_state(multiply)((*accumulators, kept))
         return gradients, kept[0] if kept else None
 
+    def _step_ahead(self, slot, before, gradients, pending, seen, release):
+        """Begins what a tile of rows contributes, and adds what is pending.
+
+        That are the weights and gradients of logits of the last kv head in the slot
+        before, which is then released. Those of this slot are returned with the sums,
+        and the gradient of logits, summed over the members.
+        """
+        gradients, of_logits = list(gradients), []
+        for i in range(len(gradients)):
+            source = slot if i else before
+            pair, weights, gradient = self._multiply(
+                slot, i, source, gradients[i - 1], pending, seen
+            )
+            gradients[i - 1] = pair
+            pending = weights.astype(self.dtype), gradient.astype(self.dtype)
+            of_logits.append(gradient)
+            if i == 0:
+                release()
+        return tuple(gradients), pending, self._total(of_logits)
+
+    def _multiply(self, slot, i, before, pair, pending, seen):
+        """The weights and gradient of the logits of a tile of rows in a kv head.
+
+        Those of the kv head before it, in the slot `before`, are meanwhile multiplied
+        and added to the pair of gradients, which is returned first.
+        """
+        last = (i or self.sizes.tiling.kv_heads) - 1
+        if self.memory.weights is not None:
+            pair = self._interpreted_sums(before, last, pair, *pending)
+            return pair, *self._interpreted(slot, i, seen)
+
+        def multiply(logits, gradient, *sums):
+            logits[...] = self._bias(slot)
+            for target, x in zip(sums, pair, strict=True):
+                target[...] = x
+            plgpu.wgmma(logits, self._key(i), self._query(slot, i, True))
+            gradient[...] = self._per_row(slot, i, 1)
+            plgpu.wgmma(gradient, self._value(i), self._out(slot, i, True))
+            self._wgmma_pending(sums, before, last, pending)
+            x = plgpu.wgmma_accumulator_load(logits, wait_n=3)
+            weights = self._weigh(slot, i, x, seen)
+            x = weights * plgpu.wgmma_accumulator_load(gradient, wait_n=2)
+            return weights, x, *(target[...] for target in sums)
+
+        square = [plgpu.WGMMAAccumulatorRef((KEYS, self.sizes.rows), jnp.float32)] * 2
+        wide = [plgpu.WGMMAAccumulatorRef(x.shape, jnp.float32) for x in pair]
+        results = pl.run_scoped(multiply, *square, *wide)
+        # The registers of what is being multiplied must not change before.
+        weights, gradient, *pair = lax.optimization_barrier(results)
+        return tuple(pair), weights, gradient
+
+    def _add(self, slot, gradients, pending):
+        """Adds what is pending, of a slot."""
+        last, pair = len(gradients) - 1, gradients[-1]
+        if self.memory.weights is not None:
+            pair = self._interpreted_sums(slot, last, pair, *pending)
+        else:
+            accumulators = tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in pair)
+            pair = pl.run_state(
+                lambda sums: self._wgmma_pending(sums, slot, last, pending)
+            )(accumulators)
+        return *gradients[:-1], tuple(pair)
+
+    def _wgmma_pending(self, sums, slot, i, pending):
+        """Adds products of weights and gradients of logits of a slot in a kv head."""
+        weights, gradient = pending
+        plgpu.wgmma(sums[1], weights, self._out(slot, i))
+        plgpu.wgmma(sums[0], gradient, self._query(slot, i))
+
+    def _interpreted(self, slot, i, seen):
+        """Weights and gradient of the logits of a slot in a kv head."""
+        logits = _mosaic.product(self._key(i), self._query(slot, i, True))
+        weights = self._weigh(slot, i, logits + self._bias(slot), seen)
+        gradient = _mosaic.product(self._value(i), self._out(slot, i, True))
+        return weights, weights * (gradient + self._per_row(slot, i, 1))
+
+    def _interpreted_sums(self, slot, i, pair, weights, gradient):
+        """Adds their products to the gradients of key and value."""
+        staged = self.memory.weights.at[self.me]
+        sums = []
+        for total, x, rows in (
+            (pair[1], weights, self._out(slot, i)),
+            (pair[0], gradient, self._query(slot, i)),
+        ):
+            staged[...] = x.astype(staged.dtype)
+            plgpu.commit_smem()
+            sums.append(total + _mosaic.product(staged, rows))
+        return sums[1], sums[0]
+
+    # Made where they are used: a constant index must not enter run_state from outside.
+    def _key(self, i):
+        return self.memory.key.at[i, self.me]
+
+    def _value(self, i):
+        return self.memory.value.at[i, self.me]
+
+    def _query(self, slot, i, transposed=False):
+        query = self.memory.query.at[slot, i]
+        return query.transpose((1, 0)) if transposed else query
+
+    def _out(self, slot, i, transposed=False):
+        out_gradient = self.memory.out_gradient.at[slot, i]
+        return out_gradient.transpose((1, 0)) if transposed else out_gradient
+
+    def _bias(self, slot):
+        high = KEYS // fragments.ROWS
+        first = pl.multiple_of(self.me * high, high)
+        bias = self.memory.bias.at[slot, pl.ds(first, high)]
+        return fragments.load(bias, self.sizes.rows)
+
+    def _weigh(self, slot, i, logits, seen):
+        """P, of which these are seen, or all."""
+        if seen is not None:
+            logits = jnp.where(seen, logits, -jnp.inf)
+        shift = self._per_row(slot, i, 0)
+        return jnp.exp2(logits * (self.sizes.scale * LOG2_E) - shift)
+
+    def _total(self, gradients):
+        """The gradients of logits of kv heads, summed over the members."""
+        step = self.sizes.tokens
+        parts = [
+            lax.slice(x, (0, i), (KEYS, i + step))
+            for x in gradients
+            for i in range(0, self.sizes.rows, step)
+        ]
+        return functools.reduce(jnp.add, parts)
+
     def _per_row(self, slot, kv_head, which):
         """One of the two numbers of each row in a kv head, for each key."""
-        rows = self.sizes.rows
-        first = kv_head * rows
-        x = self.memory.statistics.at[slot, which, pl.ds(first, rows)]
+        x = self.memory.statistics.at[slot, kv_head, which]
         x = plgpu.load(x, layout=BY_ROW)
-        return lax.broadcast_in_dim(x, (KEYS, rows), [1])
+        return lax.broadcast_in_dim(x, (KEYS, self.sizes.rows), [1])

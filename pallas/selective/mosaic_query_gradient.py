@@ -5,7 +5,7 @@ query heads of one kv head, the members: row ``m TOKENS + t``. They go through t
 which a producer loads into shared memory together with F:
 
     S = Q K' - F / scale    P = exp(scale S - lse)
-    dP = dO V'    dS = P ∘ (dP - delta)    dQ += dS K
+    D = dO V' - delta    dS = P ∘ D    dQ += dS K
 
 The members share their tokens' F. Thread blocks stay, and do one item of work after the
 other.
@@ -100,7 +100,7 @@ def query_gradient(
       key: [B, columns, K, H].
       value: [B, columns, K, H].
       bias: -F / scale, [B, chunk, columns] in fragments.
-      per_row: `mosaic_key_gradient.statistics` of rows tokens and pack members.
+      per_row: `Cotangents.statistics` by tiles of ROWS.
       out_gradient: [B, rows, N, H].
       live: For each block of queries the tiles of KEYS keys that it does not skip in
         order, int32 [B, blocks, columns / KEYS], and how many these are, int32 [B,
@@ -570,17 +570,13 @@ class _Consumer:
         def value():
             return memory.value.at[slot, kv_head]
 
-        shift, delta = per_row
+        def by_row(which):
+            return lax.broadcast_in_dim(per_row[which], (ROWS, KEYS), [0])
 
         def weigh(logits):
             if seen is not None:
                 logits = jnp.where(seen, logits, -jnp.inf)
-            base = lax.broadcast_in_dim(shift, logits.shape, [0])
-            return jnp.exp2(logits * (sizes.scale * LOG2_E) - base)
-
-        def differentiate(weights, gradient):
-            base = lax.broadcast_in_dim(delta, gradient.shape, [0])
-            return (weights * (gradient - base)).astype(memory.key.dtype)
+            return jnp.exp2(logits * (sizes.scale * LOG2_E) - by_row(0))
 
         if memory.weights is not None:
             me = self.me
@@ -588,7 +584,8 @@ class _Consumer:
             logits = _mosaic.product(query, key().transpose((1, 0))) + bias
             out_gradient = memory.out_gradient.at[me, kv_head]
             gradient = _mosaic.product(out_gradient, value().transpose((1, 0)))
-            memory.weights[me] = differentiate(weigh(logits), gradient)
+            gradient = weigh(logits) * (gradient + by_row(1))
+            memory.weights[me] = gradient.astype(memory.key.dtype)
             plgpu.commit_smem()
             return total + _mosaic.product(memory.weights.at[me], key())
 
@@ -597,10 +594,10 @@ class _Consumer:
             plgpu.wgmma(logits, rows[0], key().transpose((1, 0)))
             plgpu.wgmma(gradient, rows[1], value().transpose((1, 0)))
             weights = weigh(plgpu.wgmma_accumulator_load(logits, wait_n=1))
-            gradient = plgpu.wgmma_accumulator_load(gradient, wait_n=0)
-            plgpu.wgmma(total, differentiate(weights, gradient), key())
+            gradient = weights * plgpu.wgmma_accumulator_load(gradient, wait_n=0)
+            plgpu.wgmma(total, gradient.astype(memory.key.dtype), key())
 
-        initial = total, bias, _mosaic.zeros((ROWS, KEYS))
+        initial = total, bias, by_row(1)
         total, _, _ = pl.run_state(multiply)(
             tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in initial)
         )

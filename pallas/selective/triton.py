@@ -11,7 +11,8 @@ summed over heads; one of q_t·k_j of the selecting head is the sum of those ove
 With all queries of a chunk of keys at hand, these sums need nothing from other chunks.
 The gradient of the logits is a by-product of those of key and value: it is kept where
 few programs share a tile, and else computed once more, by a program that has all heads.
-The memory term adds to it where F is below tau.
+If its sums over queries are kept as well, one kernel goes through it once. The memory
+term adds to it where F is below tau, which takes two kernels.
 
 What attends with F, forward and backward, is Mosaic GPU's if that supports the call.
 
@@ -28,9 +29,9 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops._common import document_starts
-from jattn.pallas import _softmax
 from jattn.pallas.selective import by_keys, by_queries
-from jattn.pallas.selective.work import LOG2_E, Work
+from jattn.pallas.selective.cotangents import Cotangents
+from jattn.pallas.selective.work import Work
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
@@ -72,12 +73,13 @@ def _attend_forward(
     work = Work(query, key, value, starts, scale, skip_error, memory_tau)
     carries = work.carries(initial_mask)
     out, lse, memory = by_queries.forward(work, carries)
-    return (out, lse, memory), (query, key, value, starts, carries, out, lse)
+    residuals = query, key, value, starts, carries, work.least, out, lse
+    return (out, lse, memory), residuals
 
 
 def _attend_backward(scale, skip_error, memory_tau, residuals, gradients):
-    query, key, value, starts, carries, out, lse = residuals
-    work = Work(query, key, value, starts, scale, skip_error, memory_tau)
+    query, key, value, starts, carries, least, out, lse = residuals
+    work = Work(query, key, value, starts, scale, skip_error, memory_tau, least)
     return *backward(work, carries, out, lse, *gradients), None
 
 
@@ -104,8 +106,7 @@ def backward(
       lse_gradient: fp32 [B, T, N].
       memory_gradient: fp32 [B, T], or None without a memory term.
     """
-    delta = _softmax.delta(out, out_gradient, lse_gradient)
-    cotangents = out_gradient, lse * LOG2_E, delta
+    cotangents = Cotangents(out, lse, out_gradient, lse_gradient)
     query_gradient = by_queries.query_gradient(work, carries, cotangents)
     selecting, *others = by_keys.key_gradients(
         work, carries, cotangents, memory_gradient

@@ -97,7 +97,9 @@ def tilings(query: jax.Array, value: jax.Array) -> dict[str, Tiling]:
 class Work:
     """One call's arrays and sizes, F of its regions, and what of it is skipped."""
 
-    def __init__(self, query, key, value, starts, scale, skip_error, memory_tau):
+    def __init__(
+        self, query, key, value, starts, scale, skip_error, memory_tau, least=None
+    ):
         self.query, self.key, self.value = query, key, value
         self.scale = scale
         self.skip_error = skip_error
@@ -132,6 +134,7 @@ class Work:
         reason = unsupported_mosaic(query, value, packed=self.packed)
         self.mosaic = reason is None
         self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
+        self.least = self.forgotten() if self.skip and least is None else least
 
     def tiling(self, name):
         """That of a kernel in Triton, the measured one if there is one."""
@@ -164,16 +167,13 @@ class Work:
         sums = jnp.concatenate([first[:, None], sums[:, :-1]], axis=1)
         return jnp.cumsum(sums, axis=1)
 
-    def dead(self, carries, keys):
-        """Which tiles of so many keys a block of queries skips.
+    def forgotten(self):
+        """From which F on a key is forgotten, fp32 [B].
 
         A query's own key is never forgotten, so that its weight is at least exp(-U),
         where U bounds all logits. The weights of S keys with a larger F than the one
-        below sum to less than S exp(U - F), which is the part `skip_error` of that. F
-        never decreases: what a block's first query skips, no later one needs. The
+        here sum to less than S exp(U - F), which is the part `skip_error` of that. The
         memory term needs all keys with an F below tau.
-
-        Returns bool [B, blocks, tiles].
         """
         square = [
             jnp.max(jnp.sum(jnp.square(x.astype(jnp.float32)), axis=-1), axis=1)
@@ -184,8 +184,19 @@ class Work:
         least = 2 * bound + math.log(self.keys / self.skip_error)
         if self.memory_tau is not None:
             least = jnp.maximum(least, self.memory_tau)
+        return least
+
+    def dead(self, carries, keys):
+        """Which tiles of so many keys a block of queries skips.
+
+        All their keys are forgotten. F never decreases: what a block's first query
+        skips, no later one needs.
+
+        Returns bool [B, blocks, tiles].
+        """
         tiles = carries.reshape(*carries.shape[:2], -1, keys)
-        dead = jnp.min(tiles, axis=-1) > (least / self.scale)[:, None, None]
+        least = self.least / self.scale
+        dead = jnp.min(tiles, axis=-1) > least[:, None, None]
         first = self.offset + jnp.arange(self.blocks) * BLOCK  # positions
         end = jnp.arange(keys, self.columns + 1, keys)
         dead &= end <= first[:, None]

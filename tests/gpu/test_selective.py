@@ -41,6 +41,7 @@ CASES = {
     "packed, queries end the keys": dict(t=500, s=1000, b=2, packed=True),
     "queries end the keys": dict(t=100, s=1000, g=3),
     "in chunks": dict(t=1000, b=2, chunk_bytes=2**20),
+    "width 64, in chunks": dict(t=1000, b=2, g=1, h=64, v=64, chunk_bytes=2**20),
     "in chunks, packed": dict(t=1000, b=2, packed=True, chunk_bytes=2**20),
     "memory": dict(t=1000, g=1, memory_tau=1.0),
     "memory, packed": dict(t=1000, b=2, g=4, packed=True, memory_tau=1.0),

@@ -309,6 +309,16 @@ def test_compiles_to_matrix_instructions_for_hopper(
         assert shared_bytes <= 227 * 1024
 
 
+def test_wide_keys_in_fp32_fit_into_shared_memory(compile_triton):
+    def shape(*sizes):
+        return jax.ShapeDtypeStruct(sizes, jnp.float32)
+
+    arrays = shape(1, 150, 3, 192), shape(1, 150, 3, 192), shape(1, 150, 3, 128)
+    kernels = compile_triton(kernel_form(), *arrays, shape(1, 150))
+    assert len(kernels) == 7
+    assert max(shared_bytes for _, shared_bytes in kernels.values()) <= 227 * 1024
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [

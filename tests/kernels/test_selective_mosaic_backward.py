@@ -27,7 +27,8 @@ CASES = {
     "a head for each kv head": dict(t=70, n=2, k=2, memory_tau=0.7),
     "heads share a kv head": dict(b=2, t=64, n=4, slices=2),
     "many heads share a kv head": dict(n=8, t=33, s=150),
-    "in chunks": dict(t=140, s=300, n=4, k=2, h=128, chunk_bytes=1, slices=3),
+    "in chunks": dict(t=140, s=300, n=2, k=2, chunk_bytes=1, slices=2),
+    "wide, in chunks": dict(t=140, s=300, n=4, k=2, h=128, chunk_bytes=1, slices=3),
 }
 
 
@@ -47,14 +48,17 @@ def backward(monkeypatch):
                 mosaic_key_gradient.tiling(width, heads, group), slots=2
             ),
             "selective_query_gradient_mosaic": dataclasses.replace(
-                mosaic_query_gradient.tiling(width, heads, group), slots=2, programs=2
+                mosaic_query_gradient.tiling(width, heads, group),
+                slots=2,
+                programs=2,
             ),
         }
         with contextlib.ExitStack() as stack:
             for name, tiling in forced.items():
                 stack.enter_context(tuning.force(name, tiling))
-            # Not under jit, which would run both kernels at the same time.
-            carries = work.carries(first_row)
+            # Not under jit, which would run both kernels at the same time. While a
+            # kernel of F is interpreted, no other can be traced.
+            carries = jax.block_until_ready(work.carries(first_row))
             return kernel.backward(
                 work, carries, out.astype(query.dtype), lse, *cotangents
             )
@@ -155,21 +159,20 @@ def of_a_chunk(query, key, value, out_gradient, shift, delta, skip=False, keep=T
     blocks = length // shared.BLOCK
     tiles = jnp.zeros((batch, blocks, length // 64), jnp.int32)
 
-    def run(function, tiling, members, tiles, **more):
-        per_row = mosaic_key_gradient.statistics(shift, delta, members, length)
+    def run(function, tiling, tiles, **more):
+        per_row = jnp.stack([shift, delta], axis=2)
+        per_row = per_row.reshape(batch, heads // tiling.pack, 2, -1)
         arrays = query, key, value, bias, per_row, out_gradient, tiles, region
         return function(*arrays, tiling=tiling, **options, **more)
 
     return run(
         mosaic_query_gradient.query_gradient,
-        tiling := mosaic_query_gradient.tiling(width, heads, group),
-        tiling.pack,
+        mosaic_query_gradient.tiling(width, heads, group),
         (tiles, tiles[:, :, 0]) if skip else None,
         block=shared.BLOCK,
     ), run(
         mosaic_key_gradient.key_gradients,
-        tiling := mosaic_key_gradient.tiling(width, heads, group),
-        tiling.members,
+        mosaic_key_gradient.tiling(width, heads, group),
         tiles[:, :, 0],
         keep=keep,
     )
