@@ -17,6 +17,10 @@ PRINTED = {
         "2-simplicial: 39,169 parameters, 0.",
         "dense: 39,169 parameters, 0.",
     ),
+    "03_selective_memory": (
+        "512 tokens, seed 0: validation loss",
+        "1024 tokens, seed 0: validation loss",
+    ),
 }
 
 
