@@ -203,7 +203,7 @@ def forward(
         out, after = after, nothing
     add_parts = _add_triton_parts if in_triton else _add_mosaic_parts
     out, lse, attended = add_parts(
-        *arguments,
+        arguments,
         (before, after, gates),
         [out, lse, attended],
         ADD=addends is not None,
@@ -212,28 +212,11 @@ def forward(
     return out, lse, attended
 
 
-def _add_triton_parts(
-    query,
-    key,
-    value,
-    block_indices,
-    segment_ids,
-    block_size,
-    scale,
-    addends,
-    results,
-    **constants,
-):
+def _add_triton_parts(arguments, addends, results, **constants):
     """Adds up partial results made in Triton.
 
     Args:
-      query: See `forward`, as for those up to scale.
-      key: Its argument.
-      value: Its argument.
-      block_indices: Its argument.
-      segment_ids: Its argument.
-      block_size: Its argument.
-      scale: Its argument.
+      arguments: Those of `Launch` that come from a call.
       addends: Arrays that kernels.combine_kernel reads.
       results: What it writes to, or shapes and dtypes.
       **constants: Of that kernel.
@@ -241,7 +224,7 @@ def _add_triton_parts(
     Returns:
       The results.
     """
-    arguments = query, key, value, block_indices, segment_ids, block_size, scale
+    query, key, value, *_ = arguments
     launch = Launch(*arguments)
     tiling = forward_tiling(query, value, launch.block, launch.group)
     blocks, shared = launch.plan(share=True)
@@ -289,28 +272,11 @@ def _add_triton_parts(
     return _steps.each_step(launch.portions.steps, step)[2:]
 
 
-def _add_mosaic_parts(
-    query,
-    key,
-    value,
-    block_indices,
-    segment_ids,
-    block_size,
-    scale,
-    addends,
-    results,
-    **constants,
-):
+def _add_mosaic_parts(arguments, addends, results, **constants):
     """Adds up partial results made in Mosaic.
 
     Args:
-      query: See `forward`, as for those up to scale.
-      key: Its argument.
-      value: Its argument.
-      block_indices: Its argument.
-      segment_ids: None.
-      block_size: Its argument.
-      scale: Its argument.
+      arguments: Those of `Launch` that come from a call.
       addends: Arrays that kernels.merge_kernel reads.
       results: What it writes to, or shapes and dtypes.
       **constants: Of that kernel.
@@ -318,7 +284,7 @@ def _add_mosaic_parts(
     Returns:
       The results.
     """
-    arguments = query, key, value, block_indices, segment_ids, block_size, scale
+    query, key, value, block_indices, *_ = arguments
     group = query.shape[2] // block_indices.shape[2]
     tiling = merge_tiling(query, value, mosaic.BLOCK, group)
     launch = Launch(*arguments, tiling=tiling, sharers=mosaic.SHARERS)
