@@ -35,7 +35,7 @@ class PruneConfig:
       slack: Nats per token by which that loss may be exceeded.
       decrement: Tokens a budget is lowered by; a sixteenth of the context if None.
       fraction: Part of its tokens that a budget is lowered by as long as that is more
-        than decrement. Halved whenever no budget can be lowered by so much: the
+        than decrement. Halved for a budget that cannot be lowered by so much: the
         search is coarse at first and fine in the end.
       batches: Batches to measure; those of the run's evaluations if None.
       step: Which checkpoint; the one with the least validation loss if None.
@@ -190,8 +190,8 @@ def search_budgets(
       num_layers: Budgets L.
       context: Where all budgets begin.
       decrement: The least a budget is lowered by, down to MIN_BUDGET.
-      fraction: Part of a budget that it is lowered by if that is more. Halved
-        whenever that exceeds the limit in all layers.
+      fraction: Part of a budget that it is lowered by if that is more. Halved for a
+        layer in which so much exceeds the limit.
       limit: The largest loss allowed; the first one plus slack if None.
       slack: See limit.
 
@@ -210,20 +210,23 @@ def search_budgets(
             f"is not within the limit of {limit:.4f}; allow more by --slack"
         )
     lowered = None
+    fractions = np.full(num_layers, fraction)
     while True:
         yield Found(lowered, budgets, loss, limit)
         while True:
-            less = np.maximum(decrement, (fraction * budgets).astype(np.int32))
+            less = np.maximum(decrement, (fractions * budgets).astype(np.int32))
             lower = np.maximum(budgets - less, min(MIN_BUDGET, context))
             # Candidate c lowers budget c only.
             candidates = np.where(np.eye(num_layers, dtype=bool), lower, budgets)
             found = losses(candidates)
             allowed = (lower < budgets) & (found <= limit)
-            if np.any(allowed):
+            # Less of a layer may be cheaper than anything that the others can give up.
+            too_much = ~allowed & (less > decrement)
+            if not np.any(too_much):
                 break
-            if fraction * np.max(budgets) <= decrement:
-                return
-            fraction /= 2
+            fractions = np.where(too_much, fractions / 2, fractions)
+        if not np.any(allowed):
+            return
         cost = (found - loss) / np.maximum(budgets - lower, 1)
         lowered = int(np.argmin(np.where(allowed, cost, np.inf)))
         budgets, loss = candidates[lowered], float(found[lowered])

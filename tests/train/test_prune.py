@@ -176,6 +176,19 @@ def test_the_search_is_coarse_at_first_and_fine_in_the_end():
     assert min(lowered) == 4
 
 
+def test_a_layer_gives_up_what_it_can_before_another_pays_more():
+    def losses(budgets):
+        # Each token of the one costs ten times as much as those that the other can do
+        # without, and that one is not to have less than 40.
+        given = 64 - budgets
+        return given @ [0.01, 0.001] + 1.0 * (budgets[:, 1] < 40)
+
+    *_, found = search_budgets(
+        losses, num_layers=2, context=64, decrement=2, fraction=0.5, limit=0.33
+    )
+    assert tuple(found.budgets) == (34, 40)
+
+
 def test_a_loss_that_is_not_a_number_is_never_the_least():
     def losses(candidates):
         return np.where(candidates[:, 0] < 8, np.nan, 1.0)
