@@ -6,6 +6,8 @@ NaN. It keeps its state in global variables: one kernel at a time, so not under
 shard_map over several host devices.
 """
 
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,15 +17,45 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jattn.pallas import _device
+from jattn.pallas import _device, _triton
 
 # Mosaic GPU compiles to the instructions of Hopper; later GPUs have others.
 CAPABILITY = 90
+
+# What a thread block may have, in bytes, but for barriers.
+SHARED_MEMORY = 226 * 1024
+
+# How a consumer's threads share a matrix, and a number per row.
+MATRIX = plgpu.Layout.WGMMA
+COLUMN = MATRIX.reduce(1)
+
+# Below every logit, yet two of them have a difference.
+LOWEST = -1e30
 
 
 def unavailable() -> str | None:
     """Why Mosaic kernels for Hopper cannot run here, or None."""
     return _device.unsupported(CAPABILITY)
+
+
+def unsupported(query: jax.Array, value: jax.Array, *, packed: bool) -> str | None:
+    """Why kernels for one document and usual heads do not support a call, or None.
+
+    Args:
+      query: [B, T, N, H].
+      value: [B, S, K, V].
+      packed: Whether there are several documents.
+    """
+    if (reason := unavailable()) is not None:
+        return reason
+    if packed:
+        return "it knows no documents"
+    if query.dtype not in (jnp.bfloat16, jnp.float16):
+        return f"query, key and value must be bf16 or fp16, not {query.dtype}"
+    widths = query.shape[-1], value.shape[-1]
+    if widths not in ((64, 64), (128, 128)):
+        return f"keys and values must both be 64 or 128 wide, not {widths}"
+    return None
 
 
 def interpretation() -> plgpu.InterpretGPUParams | None:
@@ -37,6 +69,51 @@ def interpretation() -> plgpu.InterpretGPUParams | None:
     device = jax.sharding.get_abstract_mesh().abstract_device
     platform = device.platform if device is not None else jax.default_backend()
     return None if platform == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
+
+
+def call(
+    kernel: Callable[..., None],
+    *operands: jax.Array,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    memory: Mapping[str, Any],
+    grid: Mapping[str, int],
+    consumers: int,
+    name: str,
+    cluster: Mapping[str, int] = MappingProxyType({}),
+) -> list[jax.Array]:
+    """Runs a kernel whose thread blocks are consumers and a producer, a warpgroup each.
+
+    Args:
+      kernel: Takes references to the operands and outputs, and those to memory by name.
+      *operands: Arrays.
+      outputs: Their shapes and dtypes.
+      memory: Types of shared memory and of barriers.
+      grid: Thread blocks, or clusters of them, along each axis by its name.
+      consumers: Warpgroups of a thread block besides the producer; all are numbered
+        along the axis "warpgroup".
+      name: Of the kernel, in profiles.
+      cluster: Thread blocks of a cluster along each axis by its name; of none if empty.
+
+    Returns:
+      The outputs.
+    """
+    results = plgpu.kernel(
+        kernel,
+        out_type=list(outputs),
+        scratch_types=memory,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        cluster=tuple(cluster.values()),
+        cluster_names=tuple(cluster),
+        num_threads=consumers + 1,
+        thread_name="warpgroup",
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(
+            approx_math=True, reduction_scratch_bytes=0
+        ),
+        interpret=interpretation(),
+    )(*operands)
+    return _triton.vary_like(results, operands)
 
 
 def matrix(*shape: int, dtype: Any) -> Any:
@@ -97,4 +174,4 @@ def product(x, y):
 
 def zeros(shape: tuple[int, int]):
     """An fp32 matrix of zeros in registers."""
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)

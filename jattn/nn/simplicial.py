@@ -132,10 +132,12 @@ class TwoSimplicialAttention(nn.Module):
         new = {
             # [B, T, K, H]
             name: to_heads(self, name, x, kv_heads, self.head_dim, norm=norm)
-            for name, norm in (
-                *(("key", self.qk_norm), ("value", False)),
-                *(("key2", self.qk_norm), ("value2", False)),
-            )
+            for name, norm in {
+                "key": self.qk_norm,
+                "value": False,
+                "key2": self.qk_norm,
+                "value2": False,
+            }.items()
         }
         lengths = caches.all_real(lengths, b, t)
         if cache is None:

@@ -106,28 +106,26 @@ def combine_tiling(
     query: jax.Array, value: jax.Array, block: int, group: int
 ) -> RowTiling:
     """The tiling of the kernel that adds partial outputs; see `forward_tiling`."""
-    if query.dtype.itemsize > 2:
-        heuristic = RowTiling(rows=32, warps=8, stages=1)
-    elif max(query.shape[-1], value.shape[-1]) > 128:
-        heuristic = RowTiling(rows=64, warps=8, stages=1)
-    else:
-        heuristic = RowTiling(64, warps=4, stages=1, registers=168, ahead=3)
-    shape = _tuning_shape(query, value, block, group)
-    return tuning.choose("block_sparse_combine", shape, heuristic)
+    narrow = RowTiling(rows=64, warps=4, stages=1, registers=168, ahead=3)
+    return _sums_tiling("block_sparse_combine", query, value, block, group, narrow)
 
 
 def query_sums_tiling(
     query: jax.Array, value: jax.Array, block: int, group: int
 ) -> RowTiling:
     """The tiling of the kernel that adds partial gradients; see `forward_tiling`."""
+    narrow = RowTiling(rows=128, warps=8, stages=1, registers=128)
+    return _sums_tiling("block_sparse_query_sums", query, value, block, group, narrow)
+
+
+def _sums_tiling(name, query, value, block, group, narrow):
+    """That of a kernel that adds in Triton, given the heuristic for narrow 16 bits."""
+    heuristic = narrow
     if query.dtype.itemsize > 2:
         heuristic = RowTiling(rows=32, warps=8, stages=1)
     elif max(query.shape[-1], value.shape[-1]) > 128:
         heuristic = RowTiling(rows=64, warps=8, stages=1)
-    else:
-        heuristic = RowTiling(rows=128, warps=8, stages=1, registers=128)
-    shape = _tuning_shape(query, value, block, group)
-    return tuning.choose("block_sparse_query_sums", shape, heuristic)
+    return tuning.choose(name, _tuning_shape(query, value, block, group), heuristic)
 
 
 def merge_tiling(

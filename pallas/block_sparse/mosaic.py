@@ -24,8 +24,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.pallas import _mosaic, _triton
-from jattn.pallas._mosaic import div_rem
+from jattn.pallas import _mosaic
+from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
 
 LOG2_E = math.log2(math.e)
 
@@ -41,13 +41,6 @@ ALIGNMENT = 32
 
 # Adjacent queries that may share blocks.
 SHARERS = 64
-
-# Below every logit, yet two of them have a difference.
-LOWEST = -1e30
-
-# How a consumer's threads share a matrix, and a number per row.
-MATRIX = plgpu.Layout.WGMMA
-COLUMN = MATRIX.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,28 +133,21 @@ def partial_outputs(
       Partial outputs [L, M, 1, 1 + n, G, H] and log-sum-exps [L, M, 1, 1 + n, G] in
       base 2: those of shared blocks, undefined if there are none, and of each slot.
     """
-    interpret = _mosaic.interpretation()
     operands = query, key, value, shared, pairs, pair_starts, tile_starts, ranges, step
     shape = sizes.length, sizes.rows, 1, 1 + sizes.slots, sizes.group
     targets = math.prod(shape[:-1]), sizes.group
-    results = plgpu.kernel(
+    out, lse = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, tiling=tiling),
-        out_type=(
+        *operands,
+        outputs=[
             jax.ShapeDtypeStruct((*targets, sizes.width), value.dtype),
             jax.ShapeDtypeStruct(targets, jnp.float32),
-        ),
-        scratch_types=_memory_types(tiling, sizes, query.dtype, interpret is not None),
-        grid=(ranges.shape[1], sizes.rows),
-        grid_names=("program", "kv_row"),
-        num_threads=tiling.consumers + 1,
-        thread_name="warpgroup",
-        kernel_name="block_sparse_forward",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    out, lse = _triton.vary_like(results, operands)
+        ],
+        memory=_memory_types(tiling, sizes, query.dtype),
+        grid={"program": ranges.shape[1], "kv_row": sizes.rows},
+        consumers=tiling.consumers,
+        name="block_sparse_forward",
+    )
     return out.reshape(*shape, sizes.width), lse.reshape(shape)
 
 
@@ -192,9 +178,7 @@ class _Memory:
     query_empty: Any
 
 
-def _memory_types(
-    tiling: Tiling, sizes: Sizes, dtype: Any, interpreted: bool
-) -> dict[str, Any]:
+def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     consumers, slots = tiling.consumers, tiling.slots
@@ -207,7 +191,7 @@ def _memory_types(
         "value": block,
         "query": matrix(consumers, slots, ROWS, sizes.width),
         "lse": plgpu.SMEM((consumers, slots, copies, ROWS + ALIGNMENT), jnp.float32),
-        "weights": matrix(consumers, ROWS, BLOCK) if interpreted else None,
+        "weights": matrix(consumers, ROWS, BLOCK) if _mosaic.interpretation() else None,
         "block_full": _mosaic.barriers(BLOCK_SLOTS, 2),
         "block_empty": _mosaic.barriers(BLOCK_SLOTS, consumers),
         "query_full": _mosaic.barriers(consumers * slots, sizes.tokens),

@@ -68,7 +68,7 @@ def unsupported_mosaic_forward(
         to be; None for no limit.
       length: Tokens of the sequence.
     """
-    if reason := unsupported_mosaic_backward(query, key, value, packed=packed):
+    if reason := _mosaic.unsupported(query, value, packed=packed):
         return reason
     batch, queries, heads, _ = query.shape
     kv_heads = key.shape[2]
@@ -83,27 +83,4 @@ def unsupported_mosaic_forward(
         return f"{items} tiles of rows do not keep the GPU busy"
     if batch * queries * heads >= 2**31:
         return "it numbers rows in 32 bits"
-    return None
-
-
-def unsupported_mosaic_backward(
-    query: jax.Array, key: jax.Array, value: jax.Array, *, packed: bool
-) -> str | None:
-    """Why the Mosaic kernel does not support gradients that Triton's supports, or None.
-
-    Args:
-      query: [B, T, N, H].
-      key: [B, M, K, H].
-      value: [B, M, K, V].
-      packed: Whether there are several documents.
-    """
-    if (reason := _mosaic.unavailable()) is not None:
-        return reason
-    if packed:
-        return "it knows no documents"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"query, key and value must be bf16 or fp16, not {query.dtype}"
-    widths = query.shape[-1], value.shape[-1]
-    if widths not in ((64, 64), (128, 128)):
-        return f"keys and values must both be 64 or 128 wide, not {widths}"
     return None

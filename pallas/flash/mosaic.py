@@ -32,8 +32,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.pallas import _device, _mosaic, _triton, tuning
-from jattn.pallas._mosaic import ceil_div, div_rem
+from jattn.pallas import _device, _mosaic, tuning
+from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, ceil_div, div_rem
 from jattn.pallas.flash import ROWS
 from jattn.pallas.flash.mosaic_items import (
     ALIGNMENT,
@@ -54,15 +54,8 @@ FEW_KEYS = 1024
 # Columns of the partial sums of a row's weights.
 PARTIAL = 8
 
-# Below every logit, yet two of them have a difference.
-LOWEST = -1e30
-
 # The axis of the thread blocks that share keys and values.
 PAIR = "pair"
-
-# How a consumer's threads share a matrix, and a number per row.
-MATRIX = plgpu.Layout.WGMMA
-COLUMN = MATRIX.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,31 +146,23 @@ def forward(
     key, value = (_multiple(x[:, first:end], tiling.keys) for x in (key, value))
     # Only heads of a group smaller than the alignment are loaded by stretches of it.
     padded = _multiple(query, 0) if sizes.heads_first else query
-    interpret = _mosaic.interpretation()
     operands = padded, key, value
     rows = sizes.row_tiles * sizes.tiles * ROWS
     clusters = min(tiling.programs // tiling.cluster, sizes.items)
     paired = tiling.cluster > 1
-    results = plgpu.kernel(
+    out, lse = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, tiling=tiling),
-        out_type=(
+        *operands,
+        outputs=[
             jax.ShapeDtypeStruct(padded.shape, value.dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, rows), jnp.float32),
-        ),
-        scratch_types=_memory_types(tiling, sizes, query.dtype, interpret is not None),
-        grid=(clusters,),
-        grid_names=("program",),
-        cluster=(tiling.cluster,) if paired else (),
-        cluster_names=(PAIR,) if paired else (),
-        num_threads=tiling.consumers + 1,
-        thread_name="warpgroup",
-        kernel_name="flash_forward",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    out, lse = _triton.vary_like(results, operands)
+        ],
+        memory=_memory_types(tiling, sizes, query.dtype),
+        grid={"program": clusters},
+        consumers=tiling.consumers,
+        name="flash_forward",
+        cluster={PAIR: tiling.cluster} if paired else {},
+    )
     if sizes.heads_first:
         lse = lse.reshape(batch, kv_heads, -1, group, sizes.tokens)
         lse = jnp.transpose(lse, (0, 2, 4, 1, 3))
@@ -246,9 +231,7 @@ class _Memory:
     ring_empty: Any
 
 
-def _memory_types(
-    tiling: Tiling, sizes: Sizes, dtype: Any, interpreted: bool
-) -> dict[str, Any]:
+def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     consumers = tiling.consumers
 
@@ -256,7 +239,9 @@ def _memory_types(
     return {
         "query": matrix(QUERY_SLOTS, consumers, ROWS, sizes.width),
         "ring": matrix(tiling.slots, tiling.keys, sizes.width),
-        "weights": matrix(consumers, ROWS, tiling.keys) if interpreted else None,
+        "weights": matrix(consumers, ROWS, tiling.keys)
+        if _mosaic.interpretation()
+        else None,
         "query_full": _mosaic.barriers(QUERY_SLOTS, consumers * sizes.parts),
         "query_empty": _mosaic.barriers(QUERY_SLOTS, consumers),
         "ring_full": _mosaic.barriers(tiling.slots, 1),

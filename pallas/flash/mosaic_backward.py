@@ -19,7 +19,6 @@ import math
 
 import jax
 import jax.experimental.pallas as pl
-import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -39,9 +38,6 @@ ALIGNMENT = 8
 
 # Groups of query heads that are copied from where they are.
 DIRECT_GROUPS = (8, 16, 32, 64)
-
-# How a consumer's threads share a matrix.
-MATRIX = plgpu.Layout.WGMMA
 
 
 @dataclasses.dataclass(frozen=True)

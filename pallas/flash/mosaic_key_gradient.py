@@ -22,9 +22,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.pallas import _mosaic, _triton
+from jattn.pallas import _mosaic
+from jattn.pallas._mosaic import MATRIX
 from jattn.pallas.flash import mosaic_backward as shared
-from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, MATRIX, ROWS
+from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, ROWS
 
 # How a consumer's threads share a number per key, and one per row.
 BY_KEY = MATRIX.reduce(1)
@@ -88,7 +89,6 @@ def key_gradients(
     """
     tiles = -(-sizes.keys // tiling.keys)
     split = len(units) > tiles
-    interpret = _mosaic.interpretation()
     operands = (
         *(_mosaic.padded(x, 1, tiles * tiling.keys) for x in (key, value)),
         *(shared.rows(x, sizes) for x in (query, out_gradient)),
@@ -99,21 +99,15 @@ def key_gradients(
     if split:
         shape = sizes.kv_rows, len(units), tiling.keys, sizes.width
         result = jax.ShapeDtypeStruct(shape, jnp.float32)
-    results = plgpu.kernel(
+    key_gradient, value_gradient = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, split=split),
-        out_type=[result, result],
-        scratch_types=_memory_types(tiling, sizes, query.dtype, interpret is not None),
-        grid=(len(units) * sizes.kv_rows,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="flash_key_gradient",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    key_gradient, value_gradient = _triton.vary_like(results, operands)
+        *operands,
+        outputs=[result, result],
+        memory=_memory_types(tiling, sizes, query.dtype),
+        grid={"program": len(units) * sizes.kv_rows},
+        consumers=CONSUMERS,
+        name="flash_key_gradient",
+    )
     if split:
         return key_gradient, value_gradient
     return key_gradient[:, : sizes.keys], value_gradient[:, : sizes.keys]
@@ -146,9 +140,7 @@ class _Memory:
     empty: Any
 
 
-def _memory_types(
-    tiling: Tiling, sizes: shared.Sizes, dtype: Any, interpreted: bool
-) -> dict[str, Any]:
+def _memory_types(tiling: Tiling, sizes: shared.Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     keys = matrix(CONSUMERS, KEYS, sizes.width)
@@ -159,7 +151,7 @@ def _memory_types(
         "query": rows,
         "out_gradient": rows,
         "statistics": plgpu.SMEM((tiling.slots, 2, ROWS), jnp.float32),
-        "weights": matrix(CONSUMERS, KEYS, ROWS) if interpreted else None,
+        "weights": matrix(CONSUMERS, KEYS, ROWS) if _mosaic.interpretation() else None,
         "keys_full": _mosaic.barriers(1, 2 * CONSUMERS),
         "full": _mosaic.barriers(tiling.slots, 2 * sizes.parts + 1),
         "empty": _mosaic.barriers(tiling.slots, CONSUMERS),

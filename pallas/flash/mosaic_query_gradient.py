@@ -23,9 +23,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.pallas import _mosaic, _triton
+from jattn.pallas import _mosaic
+from jattn.pallas._mosaic import MATRIX
 from jattn.pallas.flash import mosaic_backward as shared
-from jattn.pallas.flash.mosaic_backward import ALIGNMENT, CONSUMERS, KEYS, MATRIX, ROWS
+from jattn.pallas.flash.mosaic_backward import ALIGNMENT, CONSUMERS, KEYS, ROWS
 
 # How a consumer's threads share a number per row.
 BY_ROW = MATRIX.reduce(1)
@@ -72,27 +73,20 @@ def query_gradient(
       [B, T, N, H].
     """
     items = -(-sizes.queries * sizes.group // (CONSUMERS * ROWS)) * sizes.kv_rows
-    interpret = _mosaic.interpretation()
     operands = (
         *(shared.rows(x, sizes) for x in (query, out_gradient)),
         *(_readable(x, sizes) for x in (key, value)),
         statistics,
     )
-    [gradient] = plgpu.kernel(
+    [gradient] = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, items=items),
-        out_type=[jax.ShapeDtypeStruct(operands[0].shape, query.dtype)],
-        scratch_types=_memory_types(tiling, sizes, query.dtype, interpret is not None),
-        grid=(min(tiling.programs, items),),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="flash_query_gradient",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    [gradient] = _triton.vary_like([gradient], operands)
+        *operands,
+        outputs=[jax.ShapeDtypeStruct(operands[0].shape, query.dtype)],
+        memory=_memory_types(tiling, sizes, query.dtype),
+        grid={"program": min(tiling.programs, items)},
+        consumers=CONSUMERS,
+        name="flash_query_gradient",
+    )
     if not sizes.direct:
         batch, kv_heads, _, width = gradient.shape
         gradient = gradient[:, :, : sizes.queries * sizes.group]
@@ -142,9 +136,7 @@ class _Memory:
     empty: Any
 
 
-def _memory_types(
-    tiling: Tiling, sizes: shared.Sizes, dtype: Any, interpreted: bool
-) -> dict[str, Any]:
+def _memory_types(tiling: Tiling, sizes: shared.Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     rows = matrix(CONSUMERS, ROWS, sizes.width)
@@ -156,7 +148,7 @@ def _memory_types(
         "key": keys,
         "value": keys,
         "result": rows,
-        "weights": matrix(CONSUMERS, ROWS, KEYS) if interpreted else None,
+        "weights": matrix(CONSUMERS, ROWS, KEYS) if _mosaic.interpretation() else None,
         "rows_full": _mosaic.barriers(CONSUMERS, 2 * sizes.parts + 1),
         "rows_empty": _mosaic.barriers(CONSUMERS, 1),
         "full": _mosaic.barriers(tiling.slots, 2),

@@ -25,14 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 import triton
 
-from jattn.pallas import _device, _triton, tuning
+from jattn.pallas import _device, _mosaic, _triton, tuning
 from jattn.pallas.flash import (
     kernels,
     mosaic,
     mosaic_backward,
     mosaic_key_gradient,
     mosaic_query_gradient,
-    unsupported_mosaic_backward,
     unsupported_mosaic_forward,
 )
 from jattn.pallas.flash.units import Visibility, add_units, split_rows
@@ -177,7 +176,7 @@ def backward(
     """Gradients of forward's output and log-sum-exp for query, key and value."""
     launch = _Launch(query, value, document_starts, visibility, scale)
     arrays = query, key, value, out, lse, out_gradient, lse_gradient
-    if unsupported_mosaic_backward(query, key, value, packed=launch.packed) is None:
+    if _mosaic.unsupported(query, value, packed=launch.packed) is None:
         return _mosaic_gradients(launch, *arrays)
     return _triton_gradients(launch, *arrays)
 

@@ -30,8 +30,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.pallas import _mosaic, _triton
-from jattn.pallas._mosaic import ceil_div, div_rem
+from jattn.pallas import _mosaic
+from jattn.pallas._mosaic import COLUMN, MATRIX, ceil_div, div_rem
 from jattn.pallas.selection import COLUMNS, ROWS
 
 # Copies into the tiles of matrix instructions begin at every eighth row only.
@@ -39,10 +39,6 @@ ALIGNMENT = 8
 
 # Windows that may have columns with a block.
 MAX_CELLS = COLUMNS // ALIGNMENT
-
-# How a consumer's threads share a matrix, and a number per row.
-MATRIX = plgpu.Layout.WGMMA
-COLUMN = MATRIX.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -190,21 +186,16 @@ def block_scores(
         step,
         *(() if after is None else (after,)),
     )
-    results = plgpu.kernel(
+    [result] = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, tiling=tiling),
-        out_type=[scores],
-        scratch_types=_memory_types(tiling, sizes, query.dtype),
-        grid=(tiling.programs,),
-        grid_names=("program",),
-        num_threads=tiling.consumers + 1,
-        thread_name="warpgroup",
-        kernel_name="block_scores",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=_mosaic.interpretation(),
-    )(*operands)
-    return _triton.vary_like(results, operands)[0]
+        *operands,
+        outputs=[scores],
+        memory=_memory_types(tiling, sizes, query.dtype),
+        grid={"program": tiling.programs},
+        consumers=tiling.consumers,
+        name="block_scores",
+    )
+    return result
 
 
 def _multiple(x: jax.Array, axis: int, divisor: int) -> jax.Array:

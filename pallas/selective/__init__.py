@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from jattn.pallas import _mosaic, _triton
+from jattn.pallas import _triton
 
 MAX_WIDTH = 256
 # Query heads of a kv head are the rows of a tile in decoding.
@@ -31,28 +31,6 @@ def unsupported(
         return reason
     if budget is not None:
         return "it has no budget"
-    return None
-
-
-def unsupported_mosaic(
-    query: jax.Array, value: jax.Array, *, packed: bool
-) -> str | None:
-    """Why the Mosaic kernel does not support a call that Triton's supports, or None.
-
-    Args:
-      query: [B, T, N, H].
-      value: [B, S, K, V].
-      packed: Whether there are several documents.
-    """
-    if (reason := _mosaic.unavailable()) is not None:
-        return reason
-    if packed:
-        return "it knows no documents"
-    if query.dtype not in (jnp.bfloat16, jnp.float16):
-        return f"query, key and value must be bf16 or fp16, not {query.dtype}"
-    widths = query.shape[-1], value.shape[-1]
-    if widths not in ((64, 64), (128, 128)):
-        return f"keys and values must both be 64 or 128 wide, not {widths}"
     return None
 
 

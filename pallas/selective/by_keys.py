@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _triton, tuning
+from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas.selective import attention, mask, mosaic_key_gradient, selection
 from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.cotangents import Cotangents
@@ -22,7 +22,6 @@ from jattn.pallas.selective.work import (
     Work,
     chunks_of,
     firsts,
-    lengthened,
 )
 
 # Programs that a GPU runs at once, about.
@@ -185,9 +184,9 @@ def _mosaic_key_tiling(work: Work):
 def _mosaic_key_gradients(work: Work, ends, cotangents, _, columns, tiling, keep):
     """What _triton_key_gradients gives."""
     query, out_gradient = (
-        lengthened(x, work.rows) for x in (work.query, cotangents.out_gradient)
+        _mosaic.padded(x, 1, work.rows) for x in (work.query, cotangents.out_gradient)
     )
-    key, value = (lengthened(x, columns) for x in (work.key, work.value))
+    key, value = (_mosaic.padded(x, 1, columns) for x in (work.key, work.value))
     per_row = cotangents.statistics(tiling.pack, tiling.rows, work.rows)
 
     def attend(bias, region):
@@ -227,9 +226,9 @@ def _selection_by_products(
     With two kernels, so that sums over queries are known in the second, and matrix
     products.
     """
-    selecting_query = lengthened(work.query[:, :, 0], work.rows)
+    selecting_query = _mosaic.padded(work.query[:, :, 0], 1, work.rows)
     summands = math.gcd(work.blocks, SUMMANDS)
-    selecting_key = lengthened(work.key[:, :, 0], columns)
+    selecting_key = _mosaic.padded(work.key[:, :, 0], 1, columns)
     product = functools.partial(
         jnp.einsum,
         precision=jax.lax.Precision.HIGHEST,

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jattn.pallas import _triton, tuning
+from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas.selective import (
     attention,
     mosaic,
@@ -21,7 +21,6 @@ from jattn.pallas.selective.work import (
     Work,
     chunks_of,
     firsts,
-    lengthened,
 )
 
 # Tiles of the same chunk differ in length, and so much that the last ones leave much of
@@ -59,8 +58,8 @@ def _mosaic_forward(work: Work, carries):
         chunks, chunk = chunks_of(work.rows, size, 2 * shared.CHUNK_BYTES)
     dead_blocks = work.dead_blocks(carries)
     live = work.live_tiles(carries, tiling.keys) if work.skip else None
-    query = lengthened(work.query, work.rows)
-    key, value = (lengthened(x, work.columns) for x in (work.key, work.value))
+    query = _mosaic.padded(work.query, 1, work.rows)
+    key, value = (_mosaic.padded(x, 1, work.columns) for x in (work.key, work.value))
     rows = chunks * chunk
     shape = work.batch, rows, work.heads, work.value_width
     start = (
@@ -127,9 +126,9 @@ def _mosaic_query_gradient(work: Work, carries, cotangents: Cotangents):
     chunks, chunk = chunks_of(work.rows, size, 4 * shared.CHUNK_BYTES)
     rows = chunks * chunk
     query, out_gradient = (
-        lengthened(x, rows) for x in (work.query, cotangents.out_gradient)
+        _mosaic.padded(x, 1, rows) for x in (work.query, cotangents.out_gradient)
     )
-    key, value = (lengthened(x, work.columns) for x in (work.key, work.value))
+    key, value = (_mosaic.padded(x, 1, work.columns) for x in (work.key, work.value))
     per_row = cotangents.statistics(tiling.pack, mosaic_query_gradient.ROWS, rows)
     dead_blocks = work.dead_blocks(carries)
     live = work.live_tiles(carries, mosaic_query_gradient.KEYS)

@@ -33,8 +33,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.pallas import _device, _mosaic, _triton
-from jattn.pallas._mosaic import div_rem
+from jattn.pallas import _device, _mosaic
+from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
 from jattn.pallas.selective import mosaic_fragments as fragments
 from jattn.pallas.selective.mosaic_items import (
     CONSUMERS,
@@ -49,15 +49,8 @@ LOG2_E = math.log2(math.e)
 # Columns of the partial sums of a row's weights.
 PARTIAL = 8
 
-# Below every logit, yet two of them have a difference.
-LOWEST = -1e30
-
 # The axis of the thread blocks that share the bias.
 CLUSTER = "cluster"
-
-# How a consumer's threads share a matrix, and a number per row.
-MATRIX = plgpu.Layout.WGMMA
-COLUMN = MATRIX.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,32 +149,24 @@ def forward(
         step=tiling.keys,
         block=query.shape[1] // live[0].shape[1] if live else chunk,
     )
-    interpret = _mosaic.interpretation()
     folded = chunk // fragments.ROWS, keys // fragments.COLUMNS, fragments.NUMBERS
     bias = bias.reshape(batch, *folded)
     operands = query, key, value, bias, first, *(live or ())
     clusters = min(tiling.programs // tiling.cluster, sizes.items)
     shared = tiling.cluster > 1
-    results = plgpu.kernel(
+    out, lse = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, tiling=tiling, clusters=clusters),
-        out_type=(
+        *operands,
+        outputs=[
             jax.ShapeDtypeStruct((batch, chunk, heads, width), value.dtype),
             jax.ShapeDtypeStruct((batch, heads, chunk), jnp.float32),
-        ),
-        scratch_types=_memory_types(tiling, sizes, query.dtype, interpret is not None),
-        grid=(clusters,),
-        grid_names=("program",),
-        cluster=(tiling.cluster,) if shared else (),
-        cluster_names=(CLUSTER,) if shared else (),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="selective_forward",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    out, lse = _triton.vary_like(results, operands)
+        ],
+        memory=_memory_types(tiling, sizes, query.dtype),
+        grid={"program": clusters},
+        consumers=CONSUMERS,
+        name="selective_forward",
+        cluster={CLUSTER: tiling.cluster} if shared else {},
+    )
     return out, lse
 
 
@@ -222,9 +207,7 @@ class _Memory:
         )
 
 
-def _memory_types(
-    tiling: Tiling, sizes: Sizes, dtype: Any, interpreted: bool
-) -> dict[str, Any]:
+def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
 
@@ -242,7 +225,9 @@ def _memory_types(
         "query": matrix(tiling.query_slots, CONSUMERS, ROWS, sizes.width),
         "ring": matrix(tiling.slots, tiling.keys, sizes.width),
         "bias": plgpu.SMEM((tiling.bias_slots, *sizes.bias_shape), jnp.float32),
-        "weights": matrix(CONSUMERS, ROWS, tiling.keys) if interpreted else None,
+        "weights": matrix(CONSUMERS, ROWS, tiling.keys)
+        if _mosaic.interpretation()
+        else None,
         "query_full": full(tiling.query_slots, CONSUMERS),
         "query_empty": empty(tiling.query_slots, shared=False),
         "ring_full": full(tiling.slots, 1),

@@ -27,8 +27,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.pallas import _device, _mosaic, _triton
-from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E, MATRIX
+from jattn.pallas import _device, _mosaic
+from jattn.pallas._mosaic import MATRIX
+from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E
 from jattn.pallas.selective import mosaic_fragments as fragments
 
 # Rows of a tile in all kv heads, and keys. More would not fit into registers.
@@ -38,9 +39,6 @@ TILE_KEYS = CONSUMERS * KEYS
 # How a consumer's threads share a number per key, and one per row.
 BY_KEY = MATRIX.reduce(1)
 BY_ROW = MATRIX.reduce(0)
-
-# Of a thread block, in bytes, but for barriers.
-SHARED_MEMORY = 226 * 1024
 
 # What one more slice costs, as a part of the whole: its results are to be added.
 SLICE_COST = 0.01
@@ -92,7 +90,7 @@ def tiling(width: int, heads: int, group: int) -> Tiling:
     return Tiling(
         pack=pack,
         kv_heads=kv_heads,
-        slots=min((SHARED_MEMORY - keys) // slot, 6),
+        slots=min((_mosaic.SHARED_MEMORY - keys) // slot, 6),
         programs=_device.multiprocessors(),
         ahead=width <= 64,
     )
@@ -147,7 +145,6 @@ def key_gradients(
     Raises:
       ValueError: The tiling's heads do not divide those of the arguments.
     """
-    interpret = _mosaic.interpretation()
     batch, chunk, rows = bias.shape
     heads, width = query.shape[2:]
     group = heads // key.shape[2]
@@ -185,21 +182,15 @@ def key_gradients(
     if keep and tiling.ahead:
         shape = parts, batch, rows // sizes.tokens, chunk
         types.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    results = plgpu.kernel(
+    key_gradient, value_gradient, *kept = _mosaic.call(
         functools.partial(_kernel, sizes=sizes),
-        out_type=types,
-        scratch_types=_memory_types(sizes, query.dtype, interpret is not None),
-        grid=(tiles * parts * sizes.slices * batch,),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="selective_key_gradient",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    key_gradient, value_gradient, *kept = _triton.vary_like(results, operands)
+        *operands,
+        outputs=types,
+        memory=_memory_types(sizes, query.dtype),
+        grid={"program": tiles * parts * sizes.slices * batch},
+        consumers=CONSUMERS,
+        name="selective_key_gradient",
+    )
     if keep:
         kept[0] = kept[0].reshape(parts, batch, chunk, rows)
     return key_gradient, value_gradient, *kept
@@ -282,7 +273,7 @@ class _Memory:
     empty: Any
 
 
-def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any]:
+def _memory_types(sizes: _Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     tiling = sizes.tiling
     kv_heads, slots = tiling.kv_heads, tiling.slots
@@ -309,7 +300,9 @@ def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any
         "out_gradient": rows,
         "bias": plgpu.SMEM(bias, jnp.float32),
         "statistics": plgpu.SMEM((slots, kv_heads, 2, sizes.rows), jnp.float32),
-        "weights": matrix(CONSUMERS, KEYS, sizes.rows) if interpreted else None,
+        "weights": matrix(CONSUMERS, KEYS, sizes.rows)
+        if _mosaic.interpretation()
+        else None,
         "keys_full": _mosaic.barriers(1, 2 * CONSUMERS * kv_heads),
         "full": _mosaic.barriers(slots, 2 * tiling.members + kv_heads + 1),
         "empty": _mosaic.barriers(slots, CONSUMERS),

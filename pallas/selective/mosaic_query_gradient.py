@@ -25,16 +25,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jattn.pallas import _device, _mosaic, _triton
-from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E, MATRIX, ROWS
+from jattn.pallas import _device, _mosaic
+from jattn.pallas._mosaic import MATRIX
+from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E, ROWS
 from jattn.pallas.selective import mosaic_fragments as fragments
 
 # How a consumer's threads share a number per row.
 BY_ROW = MATRIX.reduce(1)
-
-
-# Of a thread block, in bytes, but for barriers.
-SHARED_MEMORY = 226 * 1024
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +66,7 @@ def tiling(width: int, heads: int, group: int) -> Tiling:
     return Tiling(
         pack=pack,
         kv_heads=kv_heads,
-        slots=min((SHARED_MEMORY - rows) // slot, 6),
+        slots=min((_mosaic.SHARED_MEMORY - rows) // slot, 6),
         programs=_device.multiprocessors(),
     )
 
@@ -118,7 +115,6 @@ def query_gradient(
     Raises:
       ValueError: The tiling's heads do not divide those of the arguments.
     """
-    interpret = _mosaic.interpretation()
     batch, chunk, columns = bias.shape
     heads, width = query.shape[2:]
     group = heads // key.shape[2]
@@ -150,21 +146,15 @@ def query_gradient(
         *(live or ()),
     )
     shape = batch, chunk, heads, width
-    [gradient] = plgpu.kernel(
+    [gradient] = _mosaic.call(
         functools.partial(_kernel, sizes=sizes),
-        out_type=[jax.ShapeDtypeStruct(shape, query.dtype)],
-        scratch_types=_memory_types(sizes, query.dtype, interpret is not None),
-        grid=(min(tiling.programs, sizes.items),),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="selective_query_gradient",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    [gradient] = _triton.vary_like([gradient], operands)
+        *operands,
+        outputs=[jax.ShapeDtypeStruct(shape, query.dtype)],
+        memory=_memory_types(sizes, query.dtype),
+        grid={"program": min(tiling.programs, sizes.items)},
+        consumers=CONSUMERS,
+        name="selective_query_gradient",
+    )
     return gradient
 
 
@@ -245,7 +235,7 @@ class _Memory:
     empty: Any
 
 
-def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any]:
+def _memory_types(sizes: _Sizes, dtype: Any) -> dict[str, Any]:
     """The types of _Memory's attributes."""
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
     kv_heads, slots = sizes.tiling.kv_heads, sizes.tiling.slots
@@ -265,7 +255,7 @@ def _memory_types(sizes: _Sizes, dtype: Any, interpreted: bool) -> dict[str, Any
         "value": keys,
         "bias": plgpu.SMEM(bias, jnp.float32),
         "result": rows,
-        "weights": matrix(CONSUMERS, ROWS, KEYS) if interpreted else None,
+        "weights": matrix(CONSUMERS, ROWS, KEYS) if _mosaic.interpretation() else None,
         "rows_full": _mosaic.barriers(
             CONSUMERS, (2 * sizes.tiling.pack + 1) * kv_heads
         ),

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _triton, tuning
-from jattn.pallas.selective import mask, unsupported_mosaic
+from jattn.pallas import _mosaic, _triton, tuning
+from jattn.pallas.selective import mask
 
 LOG2_E = math.log2(math.e)
 
@@ -131,7 +131,7 @@ class Work:
             V_PAD=padded(self.value_width),
             PACKED=self.packed,
         )
-        reason = unsupported_mosaic(query, value, packed=self.packed)
+        reason = _mosaic.unsupported(query, value, packed=self.packed)
         self.mosaic = reason is None
         self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
         self.least = self.forgotten() if self.skip and least is None else least
@@ -307,13 +307,6 @@ class Work:
         width = (self.key_width + self.value_width) // 2
         pairs = self.queries * (self.keys + self.offset) // 2
         return 2 * products * self.batch * self.heads * pairs * width
-
-
-def lengthened(x, length):
-    """[B, length, ..] of an array [B, T, ..], with zeros at the end."""
-    padding = [(0, 0)] * x.ndim
-    padding[1] = (0, length - x.shape[1])
-    return jnp.pad(x, padding)
 
 
 def padded(width):

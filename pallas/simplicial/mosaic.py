@@ -37,7 +37,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.pallas import _device, _mosaic, _triton, tuning
+from jattn.pallas import _device, _mosaic, tuning
 from jattn.pallas.simplicial import ROWS
 from jattn.pallas.simplicial import mosaic_items as items
 from jattn.pallas.simplicial.mosaic_consumer import Consumer
@@ -114,7 +114,6 @@ def forward(
         shape,
         _tiling(width, many_window, sizes.positions),
     )
-    interpret = _mosaic.interpretation()
     # Where each row of a tile has its own value, threads read from eight rows at once:
     # 16 bytes more than 128 or 256 put these into different banks.
     pitch = width + (8 if sizes.positions > 1 else 0)
@@ -133,32 +132,25 @@ def forward(
         *limits,
     )
     rows = operands[0].shape
-    results = plgpu.kernel(
+    out, lse = _mosaic.call(
         functools.partial(_kernel, sizes=sizes, tiling=tiling),
-        out_type=(
+        *operands,
+        outputs=[
             jax.ShapeDtypeStruct(rows, out_dtype or many_value.dtype),
             jax.ShapeDtypeStruct(rows[:3], jnp.float32),
-        ),
-        scratch_types=memory_types(
+        ],
+        memory=memory_types(
             tiling,
             sizes,
             query.dtype,
             operands[1].dtype,
             operands[2].dtype,
             pitch,
-            interpret,
         ),
-        grid=(min(tiling.programs, sizes.items),),
-        grid_names=("program",),
-        num_threads=CONSUMERS + 1,
-        thread_name="warpgroup",
-        kernel_name="two_simplicial_forward",
-        compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
-        ),
-        interpret=interpret,
-    )(*operands)
-    out, lse = _triton.vary_like(results, operands)
+        grid={"program": min(tiling.programs, sizes.items)},
+        consumers=CONSUMERS,
+        name="two_simplicial_forward",
+    )
     return items.from_rows(out, sizes), items.from_rows(lse, sizes)
 
 

@@ -16,21 +16,15 @@ import numpy as np
 from jax import lax
 
 from jattn.pallas import _mosaic
+from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX
 from jattn.pallas.simplicial import ROWS
 from jattn.pallas.simplicial import mosaic_items as items
 from jattn.pallas.simplicial.mosaic_memory import CONSUMERS, FEW_SLOTS, Memory, Tiling
 
 LOG2_E = math.log2(math.e)
 
-# Below every logit, yet two of them have a difference.
-LOWEST = -1e30
-
 # The products of a step: whose turn it is, is asked before each.
 LOGITS, VALUES = 0, 1
-
-# How a consumer's threads share a matrix, a number per row, and one per column.
-MATRIX = plgpu.Layout.WGMMA
-PER_ROW = MATRIX.reduce(1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,8 +127,8 @@ class Consumer:
         carry = (
             *slots,
             _filled(0, (ROWS, width), MATRIX),
-            _filled(LOWEST, (ROWS,), PER_ROW),
-            _filled(0, (ROWS,), PER_ROW),
+            _filled(LOWEST, (ROWS,), COLUMN),
+            _filled(0, (ROWS,), COLUMN),
         )
         turn = 0
         for end, hidden in self._turns(item, steps):
@@ -183,7 +177,7 @@ class Consumer:
         sizes = self.sizes
         if sizes.positions == 1:
             return None
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=PER_ROW)
+        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
         position = item.position + lax.div(row, np.int32(sizes.heads))
         end = position + 1
         few = jnp.minimum(end + (sizes.few - sizes.queries), sizes.few_window)
@@ -192,7 +186,7 @@ class Consumer:
         if self.visible is not None:
             visible = plgpu.load(
                 self.visible.at[item.batch, pl.ds(item.row, ROWS)],
-                layout=PER_ROW,
+                layout=COLUMN,
                 optimized=False,
             )
             few, many = jnp.minimum(few, visible), jnp.minimum(many, visible)
@@ -292,8 +286,8 @@ class Consumer:
             few_reach = reaches[0]
             handicap = jnp.where(
                 lax.broadcast(back, (ROWS,)) < few_reach,
-                _filled(0.0, (ROWS,), PER_ROW),
-                _filled(LOWEST, (ROWS,), PER_ROW),
+                _filled(0.0, (ROWS,), COLUMN),
+                _filled(LOWEST, (ROWS,), COLUMN),
             )
         back = jnp.minimum(back, item.few_reach - 1)
         row = tiling.few - 1 - (back - chunk * tiling.few)
@@ -432,8 +426,8 @@ class Consumer:
         statistics[self.me, 0] = peak
         statistics[self.me, 1] = total
         self._meet()
-        their_peak = plgpu.load(statistics.at[1 - self.me, 0], layout=PER_ROW)
-        their_total = plgpu.load(statistics.at[1 - self.me, 1], layout=PER_ROW)
+        their_peak = plgpu.load(statistics.at[1 - self.me, 0], layout=COLUMN)
+        their_total = plgpu.load(statistics.at[1 - self.me, 1], layout=COLUMN)
         theirs = plgpu.load(halves.at[1 - self.me], layout=MATRIX)
         new_peak = jnp.maximum(peak, their_peak)
         my_weight = jnp.exp2(peak - new_peak)

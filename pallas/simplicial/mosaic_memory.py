@@ -95,7 +95,6 @@ def memory_types(
     key_dtype: Any,
     value_dtype: Any,
     pitch: int,
-    interpret,
 ) -> dict[str, Any]:
     """The types of Memory's attributes; the last two dtypes are the few keys'."""
     matrix = functools.partial(_mosaic.matrix, dtype=dtype)
@@ -111,7 +110,9 @@ def memory_types(
             matrix(CONSUMERS, ROWS, width // 2, dtype=jnp.float32),
         ),
         "statistics": plgpu.SMEM((CONSUMERS, 2, ROWS), jnp.float32),
-        "weights": matrix(CONSUMERS, ROWS, tiling.step) if interpret else None,
+        "weights": matrix(CONSUMERS, ROWS, tiling.step)
+        if _mosaic.interpretation()
+        else None,
         "query_full": _mosaic.barriers(1, 1),
         "query_empty": _mosaic.barriers(1, CONSUMERS),
         "ring_full": _mosaic.barriers(tiling.slots, 1),

@@ -10,7 +10,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jattn.ops.selective import selective_attention
 from jattn.pallas import _mosaic, _triton, tuning
-from jattn.pallas.selective import mosaic, unsupported_mosaic, work
+from jattn.pallas.selective import mosaic, work
 from jattn.pallas.selective import triton as kernel
 from tests.support import normal, relative_rms
 
@@ -188,5 +188,5 @@ def test_says_what_it_does_not_support(monkeypatch, changes, reason):
     monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
     packed = changes.pop("packed", False)
     query, _, value = shapes(**changes)
-    actual = unsupported_mosaic(query, value, packed=packed)
+    actual = _mosaic.unsupported(query, value, packed=packed)
     assert actual == reason or reason in actual
