@@ -4,16 +4,16 @@ python -m benchmarks.selective_memory --context 512 --out FILE --text FOLDER
 
 trains a dense and a selective model of one size on a text, the selective one with the
 memory loss, and prunes it down to the validation loss of the dense one. Everything is
-what these commands do, with the options of `recipe`:
+what these commands do, with the options of `recipe`, and a slack of what the selective
+model gains over the dense one:
 
 jattn train --model.scheme dense --out runs/dense
 jattn train --model.scheme selective --out runs/selective
-jattn prune runs/selective --baseline runs/dense --fraction 0.5 --decrement 2
+jattn prune runs/selective --slack 0.0123 --fraction 0.5 --decrement 2 --batches 2
 jattn eval runs/selective
 """
 
 import dataclasses
-import functools
 import json
 import math
 import pathlib
@@ -34,7 +34,6 @@ from jattn.train import (
     SelectiveConfig,
     TrainConfig,
     TrainedModel,
-    UserError,
     build_model,
     load_run,
     make_evaluator,
@@ -50,12 +49,16 @@ from jattn.train.prune import PruneConfig, make_budget_evaluator, prune
 # More batches than the held-out text has.
 _ALL = 10**6
 
+# Steps of a search that are measured at once on the whole held-out text.
+SIDE_BY_SIDE = 8
+
 
 def recipe(
     context: int,
     *,
     text: tuple[str, ...] = (),
     tokenizer: str | None = None,
+    layers: int = 6,
     memory_loss_weight: float = 0.1,
     memory_tau: float = 4.0,
     steps: int = 2000,
@@ -63,14 +66,14 @@ def recipe(
 ) -> TrainConfig:
     """The selective run's configuration but for the folder.
 
-    Layers, heads and width are of the paper's family, in which a model of d layers has
-    d heads of 64 and its queries and keys are normalised.
+    Six heads of 64, whose queries and keys are normalised as in the paper.
 
     Args:
       context: Tokens of a row; a batch has 65536.
       text: Files and folders; the source of Python's standard library if there are
         none.
       tokenizer: Its file; bytes are the tokens if None.
+      layers: Of each of the two models.
       memory_loss_weight: See `TrainConfig`.
       memory_tau: See `jattn.train.SelectiveConfig`.
       steps: Of each of the two models.
@@ -79,7 +82,7 @@ def recipe(
     return TrainConfig(
         model=ModelConfig(
             scheme="selective",
-            num_layers=6,
+            num_layers=layers,
             features=384,
             num_heads=6,
             qk_norm=True,
@@ -133,28 +136,32 @@ def measure(
     *,
     fraction: float = 0.5,
     decrement: int = 2,
+    batches: int = 2,
     deadline: float = math.inf,
 ) -> dict[str, Any]:
     """Trains both models, prunes the selective one and measures all three.
 
-    The search sees the batches of the evaluations during training. What is reported is
-    measured on the whole held-out text, with the smallest budgets that it came across
-    and that keep the loss there too.
+    The search sees a few batches, and may lose on them what the selective model gains
+    over the dense one on the whole held-out text: what pruning costs varies less from
+    batch to batch than what the two models differ by. What is reported is measured on
+    the whole text, with the smallest budgets that the search came across and that keep
+    the dense model's loss there.
 
     Args:
       config: Of the selective run but for the folder.
       folder: Where the runs are kept.
       fraction: See `jattn.train.PruneConfig`.
       decrement: See `jattn.train.PruneConfig`.
+      batches: See `jattn.train.PruneConfig`.
       deadline: When to end a search that is not over, of `time.perf_counter`.
 
     Returns:
       What is in the file of results about one context and seed. There, "kept" says
-      whose loss the search kept: that of the selective model with its whole cache if
-      it is worse than the dense one; and "chosen" which of its steps was.
+      whose loss was kept: that of the selective model with its whole cache if it is
+      worse than the dense one; and "chosen" at which step of the search.
     """
     data = Dataset(config.data, seed=config.seed, align=config.align)
-    batches = data.validation_batches(_ALL)
+    whole_text = data.validation_batches(_ALL)
     # What only the selective model has is as it always is in the dense one's
     # configuration: all selective runs of a folder share that one.
     dense = dataclasses.replace(
@@ -170,29 +177,30 @@ def measure(
     for name, run_config in (("dense", dense), (selective, config)):
         scheme = run_config.model.scheme
         runs[scheme] = _train(run_config, folder / name)
-        measured[scheme] = _measure(load_run(folder / name), batches)
+        measured[scheme] = _measure(load_run(folder / name), whole_text)
         print(scheme, measured[scheme], flush=True)
 
-    options = {"fraction": fraction, "decrement": decrement}
-    search = functools.partial(PruneConfig, str(folder / selective), **options)
-    try:
-        kept = "dense"
-        steps = _search(search(baseline=str(folder / "dense")), deadline)
-    except UserError as error:  # the selective model is the worse one
-        print(error, flush=True)
-        kept = "selective"
-        steps = _search(search(), deadline)
+    gain = measured["dense"]["loss"] - measured["selective"]["loss"]
+    kept = "dense" if gain >= 0 else "selective"
+    options = {
+        "slack": max(gain, 0),
+        "fraction": fraction,
+        "decrement": decrement,
+        "batches": batches,
+    }
+    steps = _search(PruneConfig(str(folder / selective), **options), deadline)
 
     run = load_run(folder / selective, steps[-1]["step"])
-    chosen = _last_within(measured[kept]["loss"], steps, run, batches)
+    chosen = _last_within(measured[kept]["loss"], steps, run, whole_text)
     pruned = with_budgets(run.config, steps[chosen]["budgets"])
     model = build_model(pruned, run.tokenizer.vocab_size)
     measured["pruned"] = _measure(
-        dataclasses.replace(run, config=pruned, model=model), batches
+        dataclasses.replace(run, config=pruned, model=model), whole_text
     )
     print("pruned", measured["pruned"], flush=True)
     return {
         "context": config.data.context_length,
+        "layers": config.model.num_layers,
         "memory_loss_weight": weight,
         "memory_tau": tau,
         "seed": config.seed,
@@ -264,12 +272,17 @@ def _last_within(
     The losses are kept with the steps they were measured for.
     """
     losses = make_budget_evaluator(run.model, run.config, run.params, batches)
-    for i, step in reversed(list(enumerate(steps))):
-        whole = run.config.data.context_length
-        budgets = [whole if budget is None else budget for budget in step["budgets"]]
-        step["whole_text_loss"] = float(losses(np.array([budgets], np.int32))[0])
-        if step["whole_text_loss"] <= limit:
-            return i
+    whole = run.config.data.context_length
+    budgets = [[whole if x is None else x for x in step["budgets"]] for step in steps]
+    for end in range(len(steps), 0, -SIDE_BY_SIDE):
+        chosen = range(max(0, end - SIDE_BY_SIDE), end)
+        found = losses(np.array([budgets[i] for i in chosen], np.int32))
+        for i, loss in zip(chosen, found, strict=True):
+            steps[i]["whole_text_loss"] = float(loss)
+        if within := [
+            i for i, loss in zip(chosen, found, strict=True) if loss <= limit
+        ]:
+            return within[-1]
     return 0
 
 
@@ -293,6 +306,7 @@ def main(
     context: int,
     text: tuple[str, ...] = (),
     vocabulary: int | None = None,
+    layers: int = 6,
     memory_loss_weight: float = 0.1,
     memory_tau: float = 4.0,
     steps: int = 2000,
@@ -309,6 +323,7 @@ def main(
         none.
       vocabulary: Tokens of a byte-pair tokenizer that is trained first; bytes are the
         tokens if None.
+      layers: Of each of the two models.
       memory_loss_weight: Of the memory loss in the selective model's loss.
       memory_tau: Selection from which that loss counts a key as forgotten.
       steps: Of each of the two models.
@@ -320,7 +335,7 @@ def main(
       Exit code.
     """
     deadline = time.perf_counter() + seconds
-    folder = folder / f"{context}_{seed}"
+    folder = folder / f"{context}_{layers}_{seed}"
     tokenizer = None
     if vocabulary is not None:
         path = train_tokenizer(text, vocabulary, folder / "tokenizer.json")
@@ -329,6 +344,7 @@ def main(
         context,
         text=text,
         tokenizer=tokenizer,
+        layers=layers,
         memory_loss_weight=memory_loss_weight,
         memory_tau=memory_tau,
         steps=steps,
@@ -343,7 +359,7 @@ def main(
 
 
 def _key(found: dict[str, Any]) -> list[float]:
-    names = ("context", "memory_loss_weight", "memory_tau", "seed")
+    names = ("context", "layers", "memory_loss_weight", "memory_tau", "seed")
     return [found[name] for name in names]
 
 
