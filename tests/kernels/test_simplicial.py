@@ -216,7 +216,7 @@ def test_compiles_to_matrix_instructions_for_hopper(compile_triton, biases):
 
     run = operation("triton", windows=(512, 32), **biases)
     kernels = compile_triton(run, shape(64), *[shape(1)] * 4)
-    for name in ("_forward_kernel", "_query_kernel", "_key_kernel"):
+    for name in ("forward_kernel", "query_gradient_kernel", "key_gradient_kernel"):
         ptx, shared_bytes = kernels[name]
         assert "wgmma.mma_async" in ptx
         assert shared_bytes <= 227 * 1024
