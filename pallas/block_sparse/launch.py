@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _device, _steps, _triton, tuning
-from jattn.pallas.block_sparse import kernels, mosaic
+from jattn.pallas.block_sparse import kernels, mosaic, mosaic_backward
 from jattn.pallas.block_sparse.pairs import (
     Units,
     kernel_block,
@@ -144,6 +144,15 @@ def mosaic_tiling(
     heuristic = mosaic.Tiling(consumers=3, slots=2, programs=_device.multiprocessors())
     shape = _tuning_shape(query, value, block, group)
     return tuning.choose("block_sparse_forward_mosaic", shape, heuristic)
+
+
+def mosaic_backward_tiling(
+    query: jax.Array, value: jax.Array, block: int, group: int
+) -> mosaic_backward.Tiling:
+    """The tiling of Mosaic's kernel for partial gradients; see `forward_tiling`."""
+    heuristic = mosaic_backward.Tiling(slots=2, programs=_device.multiprocessors())
+    shape = _tuning_shape(query, value, block, group)
+    return tuning.choose("block_sparse_backward_mosaic", shape, heuristic)
 
 
 def _tuning_shape(query, value, block, group) -> dict[str, int | str]:

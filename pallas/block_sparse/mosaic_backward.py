@@ -448,7 +448,7 @@ class _Consumer:
             _mosaic.store(target.at[work.kv_row, unit], total)
 
     def _attend(self, block, tile, number, masked, carry):
-        """Adds what a tile gives to dK and dV, and writes what it gives to its rows."""
+        """Adds what a tile gives to dK and dV, and writes what its rows get."""
         memory, work, sizes = self.memory, self.work, self.work.sizes
         first, pairs = work.pairs_of(block, tile)
         last_pair = work.pair_starts[block + 1]
@@ -465,22 +465,21 @@ class _Consumer:
         barrier = self._barrier(number)
         slot = div_rem(number, memory.slots)[1]
         plgpu.barrier_wait(memory.rows_full.at[barrier])
-        attend = self._multiply_interpreted if self.interpreted else self._multiply
-        *carry, query_gradient = attend(slot, number, seen, *carry)
+        multiply = self._multiply_interpreted if self.interpreted else self._multiply
+        carry = multiply(slot, number, seen, *carry)
         plgpu.barrier_arrive(memory.query_empty.at[barrier])
-        staged = memory.out_gradient.at[self.me, slot]
-        query_gradient *= sizes.scale_log2 / LOG2_E
-        staged[...] = query_gradient.astype(staged.dtype)
-        plgpu.commit_smem()
         for i, (token, place) in enumerate(pairs):
             target = (token * sizes.rows + work.kv_row) * sizes.slots + place
 
             @pl.when(exists[i])
             def _(i=i, target=target):
-                rows = staged.at[pl.ds(i * sizes.group, sizes.group)]
-                plgpu.copy_smem_to_gmem(rows, self.of_pairs.at[target])
+                rows = pl.ds(i * sizes.group, sizes.group)
+                plgpu.copy_smem_to_gmem(
+                    memory.out_gradient.at[self.me, slot, rows],
+                    self.of_pairs.at[target],
+                )
 
-        return tuple(carry)
+        return carry
 
     def _seen(self, last_keys):
         """Which keys each row sees, if its query does those up to that one."""
@@ -517,7 +516,7 @@ class _Consumer:
         return lax.broadcast_in_dim(jnp.concatenate(parts), (BLOCK, ROWS), [1])
 
     def _multiply(self, slot, number, seen, key_gradient, value_gradient):
-        """The sums dK and dV with a tile's, and its dQ but for the logits' factor."""
+        """Adds what a tile gives to dK and dV, and replaces its dO by its dQ."""
         memory, me = self.memory, self.me
         key, value, weights = (
             x.at[me] for x in (memory.key, memory.value, memory.weights)
@@ -539,6 +538,7 @@ class _Consumer:
             # All threads have done with dO when any goes on.
             plgpu.wgmma_wait(1)
             plgpu.commit_smem()
+            self._multiply_keys(slot)
 
         square = _mosaic.zeros((BLOCK, ROWS))
         key_gradient, value_gradient, _, _ = pl.run_state(multiply)(
@@ -547,8 +547,7 @@ class _Consumer:
                 for x in (key_gradient, value_gradient, square, square)
             )
         )
-        query_gradient = _mosaic.product(weights.transpose((1, 0)), key)
-        return key_gradient, value_gradient, query_gradient
+        return key_gradient, value_gradient
 
     def _multiply_interpreted(self, slot, number, seen, key_gradient, value_gradient):
         """_multiply, by what the interpreter knows."""
@@ -567,5 +566,15 @@ class _Consumer:
         staged[...] = self._differentiate(slot, weights, gradient)
         plgpu.commit_smem()
         key_gradient += _mosaic.product(staged, query)
-        query_gradient = _mosaic.product(staged.transpose((1, 0)), key)
-        return key_gradient, value_gradient, query_gradient
+        self._multiply_keys(slot)
+        return key_gradient, value_gradient
+
+    def _multiply_keys(self, slot):
+        """Puts a tile's dQ where its dO was, given dS."""
+        memory, sizes = self.memory, self.work.sizes
+        weights, key = memory.weights.at[self.me], memory.key.at[self.me]
+        gradient = _mosaic.product(weights.transpose((1, 0)), key)
+        gradient *= sizes.scale_log2 / LOG2_E
+        staged = memory.out_gradient.at[self.me, slot]
+        staged[...] = gradient.astype(staged.dtype)
+        plgpu.commit_smem()

@@ -184,3 +184,37 @@ def split_tiles(
         first < last, block_of_tile(tile_starts, last - 1) + 1, first_block
     )
     return tile_starts, jnp.stack([first, last, first_block, last_block], axis=-1)
+
+
+def split_units_of_ranges(
+    tile_starts: jax.Array, ranges: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Units of work where each block's tiles within a range are one.
+
+    Args:
+      tile_starts: int32 [D, C, M, blocks + 1], where each block's tiles start.
+      ranges: int32 [D, C, M, programs, 4], which tiles are whose, as `split_tiles`
+        gives both.
+
+    Returns:
+      Where each block's units start, int32 [D, C, M, blocks + 1], fewer than blocks
+      and programs, and the number of each range's first unit, int32
+      [D, C, M, programs].
+    """
+    lasts = ranges[..., 1]
+
+    @jax.vmap
+    @jax.vmap
+    @jax.vmap
+    def program_of_tile(lasts, tile):
+        place = jnp.searchsorted(lasts, tile, side="right", method="scan_unrolled")
+        return place.astype(jnp.int32)
+
+    begin, end = tile_starts[..., :-1], tile_starts[..., 1:]
+    first = program_of_tile(lasts, begin)
+    counts = jnp.where(end > begin, program_of_tile(lasts, end - 1) + 1 - first, 0)
+    unit_starts = jnp.pad(jnp.cumsum(counts, axis=-1), [(0, 0)] * 3 + [(1, 0)])
+    first_block = jnp.minimum(ranges[..., 2], begin.shape[-1] - 1)
+    program = jnp.arange(ranges.shape[-2], dtype=jnp.int32)
+    before = program - jnp.take_along_axis(first, first_block, axis=-1)
+    return unit_starts, jnp.take_along_axis(unit_starts, first_block, axis=-1) + before
