@@ -369,6 +369,7 @@ def _selection_from_kept(
         selection.selection_kernel,
         work.query,
         work.key,
+        work.starts,
         ends,
         parts,
         later,
@@ -391,6 +392,7 @@ def _selection_from_kept(
         HEADS=work.heads,
         PARTS=parts.shape[0],
         STRIP=STRIP,
+        PACKED=work.packed,
         **sizes,
     )
     [selecting] = _triton.call(
@@ -411,7 +413,7 @@ def _selection_from_kept(
         num_stages=SELECTING.stages,
         ROWS=SELECTING.rows,
         KEYS=SELECTING.keys,
-        SKIP=work.skip,
+        SKIP=work.sparse,
         **sizes,
     )
     return selecting, jnp.sum(key_gradient, axis=0), -until[:, 0]

@@ -57,7 +57,7 @@ def _mosaic_forward(work: Work, carries):
     if chunks > 1:
         chunks, chunk = chunks_of(work.rows, size, 2 * shared.CHUNK_BYTES)
     dead_blocks = work.dead_blocks(carries)
-    live = work.live_tiles(carries, tiling.keys) if work.skip else None
+    live = work.live_tiles(carries, tiling.keys) if work.sparse else None
     query = _mosaic.padded(work.query, 1, work.rows)
     key, value = (_mosaic.padded(x, 1, work.columns) for x in (work.key, work.value))
     rows = chunks * chunk
@@ -143,7 +143,7 @@ def _mosaic_query_gradient(work: Work, carries, cotangents: Cotangents):
             bias,
             per_row,
             out_gradient,
-            live if work.skip else None,
+            live if work.sparse else None,
             region,
             queries=work.queries,
             offset=work.offset,

@@ -4,9 +4,10 @@ F enters the attention kernels as a bias of the raw products q·k, ``-F / scale`
 their matrix products start from: it costs its loads and no arithmetic. `bias_kernel`
 writes it for a region of queries and keys, and all heads read it.
 
-Query t is at position t + S - T. Tiles of the bias that lie wholly in the future or in
-other documents are never written; attention masks whatever it reads there. Skipped
-tiles are neither written nor read.
+Query t is at position t + S - T. Tiles of the bias that lie wholly in the future are
+never written; attention masks whatever it reads there. Skipped tiles are neither
+written nor read. Other documents are as the future to attention in Triton; for that in
+Mosaic GPU, which knows no documents, their bias is OTHER_DOCUMENT.
 
 Letters as in `jattn.pallas.selective.triton`.
 """
@@ -18,6 +19,8 @@ import triton
 import triton.language as tl
 
 from jattn.pallas._tiles import _load_rows
+
+OTHER_DOCUMENT = tl.constexpr(-float("inf"))
 
 
 @triton.jit
@@ -94,7 +97,7 @@ def _nothing_seen(
     KEYS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Whether no query of a tile sees a key of it."""
+    """Whether no query of a tile sees a key of it; with PACKED, by documents too."""
     last_token = tl.minimum(first_token + ROWS, queries) - 1
     future = first_key > last_token + keys - queries
     first = _first_seen(starts_ptr, batch, first_token, queries, keys, PACKED)
@@ -222,8 +225,11 @@ def bias_kernel(
     SKIP: tl.constexpr,
     TRANSPOSED: tl.constexpr,
     MEMORY: tl.constexpr,
+    SEPARATE: tl.constexpr,
 ):
     """The bias of one block of queries and one tile of keys in a region.
+
+    With SEPARATE that of other documents is OTHER_DOCUMENT.
 
     With MEMORY, but not TRANSPOSED, also how much each query still needs of the tile,
     of keys that count 0 once the bias has come down to -limit. A skipped tile counts 0.
@@ -233,7 +239,15 @@ def bias_kernel(
     first_key = tl.load(region_ptr + 1) + tl.program_id(0) * KEYS
     block = batch * blocks + first_token // ROWS
     needless = _nothing_seen(
-        starts_ptr, batch, first_token, first_key, queries, keys, ROWS, KEYS, PACKED
+        starts_ptr,
+        batch,
+        first_token,
+        first_key,
+        queries,
+        keys,
+        ROWS,
+        KEYS,
+        PACKED and not SEPARATE,
     )
     if SKIP:
         dead = (first_token < queries) & (first_key < columns)
@@ -274,6 +288,8 @@ def bias_kernel(
     if MEMORY:
         kept = tl.where(sees, tl.maximum(limit + bias, 0.0) / limit, 0.0)
         tl.store(kept_ptr, tl.sum(kept, axis=1))
+    if SEPARATE:
+        bias = tl.where(sees, bias, OTHER_DOCUMENT)
     bias_ptr += batch * rows * width
     if TRANSPOSED:
         bias_ptr += column * rows + row * 16

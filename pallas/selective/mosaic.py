@@ -106,7 +106,7 @@ def forward(
     scale: float,
     tiling: Tiling,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attention of a chunk of queries without documents, not differentiable.
+    """Attention of a chunk of queries, not differentiable.
 
     In the interpreter P is not an operand in registers, which it does not know, but
     passes through shared memory, and neither O nor B is what a product adds to; all
@@ -118,7 +118,7 @@ def forward(
       key: [B, S, K, H], filled up to whole blocks with anything finite.
       value: [B, S, K, H], likewise.
       bias: fp32 [B, CHUNK, S], ``-F / scale`` of a whole number of blocks, in
-        fragments.
+        fragments; `mask.OTHER_DOCUMENT` for keys of other documents.
       first: int32 [2], the chunk's first query, which begins a block, and 0.
       live: None, or what is not skipped: of each block of queries the list of its tiles
         of `tiling.keys` keys, those skipped at the end, int32 [B, blocks, S / keys],

@@ -4,7 +4,7 @@
 over a few tokens at a time. With these a program knows what the tokens after its own
 give to the gradient of each selection, and needs nothing else of them.
 
-Rows are one document. Letters as in `jattn.pallas.selective.triton`; G is the gradient
+Letters as in `jattn.pallas.selective.triton`; G is the gradient
 of the selecting head's products by F alone.
 """
 
@@ -15,13 +15,14 @@ import triton
 import triton.language as tl
 
 from jattn.pallas._tiles import _load_rows, _store_rows
-from jattn.pallas.selective.mask import _load_fragments
+from jattn.pallas.selective.mask import _first_seen, _load_fragments
 
 
 @triton.jit
 def selection_kernel(
     query_ptr,  # [B, T, N, H]
     key_ptr,  # [B, S, K, H]
+    starts_ptr,  # [B, S] if PACKED
     ends_ptr,  # [B, columns / END_KEYS]
     parts_ptr,  # [PARTS, B, CHUNK, rows], in fragments
     later_ptr,  # [B, strips, CHUNK]
@@ -43,6 +44,7 @@ def selection_kernel(
     END_KEYS: tl.constexpr,
     PARTS: tl.constexpr,
     STRIP: tl.constexpr,
+    PACKED: tl.constexpr,
 ):
     """G of a tile of keys and the STRIP queries of a strip, transposed.
 
@@ -83,8 +85,10 @@ def selection_kernel(
         products = tl.dot(key, tl.trans(query))
         after = tl.cumsum(total, axis=1, reverse=True) - total + later[:, None]
         later += tl.sum(total, axis=1)
-        # A query selects neither itself nor the first token.
-        selects = (visible < 0) & needed & (position > 0)[:, None] & (products > 0.0)
+        # A query selects neither itself nor the first token of its document.
+        first = _first_seen(starts_ptr, batch, token, queries, keys, PACKED)
+        selects = (visible < 0) & (position[:, None] > first[None, :])
+        selects &= needed & (products > 0.0)
         gradient = tl.where(selects, -scale * after, 0.0)
         gradient = gradient.to(gradient_ptr.dtype.element_ty)
         key_gradient = tl.dot(gradient, query, key_gradient)

@@ -131,8 +131,11 @@ class Work:
             V_PAD=padded(self.value_width),
             PACKED=self.packed,
         )
-        reason = _mosaic.unsupported(query, value, packed=self.packed)
-        self.mosaic = reason is None
+        # The kernels in Mosaic know documents by F alone.
+        self.mosaic = _mosaic.unsupported(query, value, packed=False) is None
+        self.separate = self.mosaic and self.packed
+        # Tiles may be left out, forgotten or of other documents.
+        self.sparse = self.skip or self.separate
         self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
         self.least = self.forgotten() if self.skip and least is None else least
 
@@ -189,24 +192,26 @@ class Work:
     def dead(self, carries, keys):
         """Which tiles of so many keys a block of queries skips.
 
-        All their keys are forgotten. F never decreases: what a block's first query
-        skips, no later one needs.
+        All their keys are forgotten, or of documents that have ended. F never
+        decreases: what a block's first query skips, no later one needs.
 
         Returns bool [B, blocks, tiles].
         """
-        tiles = carries.reshape(*carries.shape[:2], -1, keys)
-        least = self.least / self.scale
-        dead = jnp.min(tiles, axis=-1) > least[:, None, None]
         first = self.offset + jnp.arange(self.blocks) * BLOCK  # positions
         end = jnp.arange(keys, self.columns + 1, keys)
-        dead &= end <= first[:, None]
+        dead = jnp.zeros((self.batch, self.blocks, end.size), bool)
+        if self.skip:
+            tiles = carries.reshape(*carries.shape[:2], -1, keys)
+            least = self.least / self.scale
+            dead = jnp.min(tiles, axis=-1) > least[:, None, None]
+            dead &= end <= first[:, None]
         if self.packed:
             dead |= end <= self.starts[:, first, None]
         return dead
 
     def dead_blocks(self, carries):
         """Which blocks of keys nobody in a block of queries needs, int32."""
-        if not self.skip:
+        if not self.sparse:
             return jnp.zeros(1, jnp.int32)
         return self.dead(carries, BLOCK).astype(jnp.int32)
 
@@ -215,7 +220,7 @@ class Work:
 
         Both int32, [B, blocks, tiles] and [B, blocks]; those skipped are at the end.
         """
-        if not self.skip:
+        if not self.sparse:
             return jnp.zeros(1, jnp.int32), jnp.zeros(1, jnp.int32)
         dead = self.dead(carries, keys)
         tiles = jnp.argsort(dead, axis=-1, stable=True).astype(jnp.int32)
@@ -282,9 +287,10 @@ class Work:
             ROWS=BLOCK,
             KEYS=tiling.keys,
             PACKED=self.packed,
-            SKIP=self.skip,
+            SKIP=self.sparse,
             TRANSPOSED=transposed,
             MEMORY=memory,
+            SEPARATE=self.separate,
             **self.key_sizes,
         )
         return bias, kept if memory else None

@@ -39,6 +39,8 @@ CASES = {
     "fp32": dict(t=1000, dtype="fp32"),
     "packed": dict(t=1000, b=2, packed=True),
     "packed, queries end the keys": dict(t=500, s=1000, b=2, packed=True),
+    "packed, width 64, group 1": dict(t=1000, g=1, h=64, v=64, packed=True),
+    "packed, fp32": dict(t=500, packed=True, dtype="fp32"),
     "queries end the keys": dict(t=100, s=1000, g=3),
     "in chunks": dict(t=1000, b=2, chunk_bytes=2**20),
     "width 64, in chunks": dict(t=1000, b=2, g=1, h=64, v=64, chunk_bytes=2**20),
@@ -166,7 +168,7 @@ def test_automatic_choice_is_the_kernel():
 
 
 @pytest.mark.parametrize(
-    ("changes", "chosen"), [({}, True), ({"packed": True}, False), ({"h": 96}, False)]
+    ("changes", "chosen"), [({}, True), ({"packed": True}, True), ({"h": 96}, False)]
 )
 def test_gradients_are_mosaics(changes, chosen):
     arrays, options, cotangents = inputs({"t": 257} | changes)

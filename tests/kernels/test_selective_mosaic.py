@@ -12,7 +12,7 @@ from jattn.ops.selective import selective_attention
 from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas.selective import mosaic, work
 from jattn.pallas.selective import triton as kernel
-from tests.support import normal, relative_rms
+from tests.support import documents, normal, relative_rms
 
 # Sizes by name. Each thread block has several items of work, and the rings go through
 # all of their slots.
@@ -28,6 +28,14 @@ CASES = {
     ),
     "thread blocks share the bias": dict(
         n=4, k=2, chunk_bytes=1, tiling=mosaic.Tiling(2, 2, 128, 1, 3, 2, 2)
+    ),
+    "documents": dict(
+        t=300,
+        s=320,
+        n=1,
+        lengths=(100, 90, 130),
+        memory_tau=0.7,
+        tiling=mosaic.Tiling(1, 1, 64, 1, 4, 2, 2),
     ),
 }
 
@@ -66,6 +74,8 @@ def test_equals_the_jnp_form(monkeypatch, name):
     tiling, memory_tau = case.pop("tiling"), case.pop("memory_tau", None)
     chunk_bytes = case.pop("chunk_bytes", work.CHUNK_BYTES)
     monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
+    lengths = case.pop("lengths", None)
+    segment_ids = None if lengths is None else documents(*lengths)
     arrays = inputs(**case)
 
     def plain(arrays):
@@ -73,17 +83,33 @@ def test_equals_the_jnp_form(monkeypatch, name):
         return selective_attention(
             *arrays,
             initial_mask=first_row,
+            segment_ids=segment_ids,
             memory_tau=memory_tau,
             return_lse=True,
             implementation="xla",
         )
 
-    actual = run(arrays, tiling, memory_tau=memory_tau)
+    actual = run(arrays, tiling, segment_ids=segment_ids, memory_tau=memory_tau)
     exact = plain([x.astype(jnp.float32) for x in arrays])
     for x, y, expected in zip(actual, plain(arrays), exact, strict=True):
         assert x.shape == y.shape
         assert x.dtype == y.dtype
         assert relative_rms(x, expected) <= max(2 * relative_rms(y, expected), 2e-6)
+
+
+@pytest.mark.usefixtures("chosen", "no_races")
+def test_ended_documents_are_not_read():
+    query, key, value, first_row = inputs(t=260, n=1)
+    run_packed = functools.partial(
+        run,
+        tiling=mosaic.Tiling(1, 1, 64, 1, 3, 2, 1),
+        segment_ids=documents(70, 190),
+    )
+    expected = run_packed((query, key, value, first_row))
+    poisoned = value.at[:, :64].set(jnp.nan)
+    actual = run_packed((query, key, poisoned, first_row))
+    for x, y in zip(actual, expected, strict=True):
+        np.testing.assert_array_equal(x[:, 128:], y[:, 128:])
 
 
 @pytest.mark.usefixtures("chosen", "no_races")

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
+from jattn.ops._common import document_starts
 from jattn.ops.selective import selective_attention
 from jattn.pallas import _mosaic, tuning
 from jattn.pallas.selective import mosaic_key_gradient, mosaic_query_gradient
 from jattn.pallas.selective import triton as kernel
 from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.work import Work
-from tests.support import normal, relative_rms
+from tests.support import documents, normal, relative_rms
 
 # Sizes by name. Rings go through all of their slots.
 CASES = {
@@ -29,6 +30,10 @@ CASES = {
     "many heads share a kv head": dict(n=8, t=33, s=150),
     "in chunks": dict(t=140, s=300, n=2, k=2, chunk_bytes=1, slices=2),
     "wide, in chunks": dict(t=140, s=300, n=4, k=2, h=128, chunk_bytes=1, slices=3),
+    "documents": dict(t=300, s=320, n=2, lengths=(100, 90, 130)),
+    "wide documents with a memory term": dict(
+        t=150, h=128, lengths=(20, 60, 70), memory_tau=0.7
+    ),
 }
 
 
@@ -37,11 +42,22 @@ def backward(monkeypatch):
     """The gradients of query, key, value and first row by the kernels."""
     monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
 
-    def backward(arrays, out, lse, cotangents, *, slices=1, skip_error=0.0, tau=None):
+    def backward(
+        arrays,
+        out,
+        lse,
+        cotangents,
+        *,
+        segment_ids=None,
+        slices=1,
+        skip_error=0.0,
+        tau=None,
+    ):
         query, key, value, first_row = arrays
         heads, group = query.shape[2], query.shape[2] // key.shape[2]
         width = query.shape[-1]
-        work = Work(query, key, value, None, width**-0.5, skip_error, tau)
+        starts = None if segment_ids is None else document_starts(segment_ids)
+        work = Work(query, key, value, starts, width**-0.5, skip_error, tau)
         monkeypatch.setattr(mosaic_key_gradient, "_slices", lambda *_: slices)
         forced = {
             "selective_key_gradient_mosaic": dataclasses.replace(
@@ -79,13 +95,14 @@ def inputs(b=1, t=130, s=None, n=2, k=1, h=64):
 
 
 @functools.partial(jax.jit, static_argnames="memory_tau")
-def plain(arrays, cotangents, memory_tau=None):
+def plain(arrays, cotangents, memory_tau=None, segment_ids=None):
     """Outputs and gradients of the jnp form."""
 
     def attend(*arrays):
         return selective_attention(
             *arrays[:3],
             initial_mask=arrays[3],
+            segment_ids=segment_ids,
             memory_tau=memory_tau,
             return_lse=True,
             implementation="xla",
@@ -101,17 +118,21 @@ def plain(arrays, cotangents, memory_tau=None):
 def test_equals_the_jnp_form(monkeypatch, backward, name):
     case = dict(CASES[name])
     tau, slices = case.pop("memory_tau", None), case.pop("slices", 1)
+    lengths = case.pop("lengths", None)
+    segment_ids = None if lengths is None else documents(*lengths)
     for limit in ("CHUNK_BYTES", "GRADIENT_BYTES"):
         size = case.get("chunk_bytes", getattr(shared, limit))
         monkeypatch.setattr(shared, limit, size)
     case.pop("chunk_bytes", None)
     arrays, cotangents = inputs(**case)
     exact = [x.astype(jnp.float32) for x in arrays]
-    (out, lse, *_), expected = plain(exact, cotangents, tau)
-    _, same_dtype = plain(arrays, cotangents, tau)
+    (out, lse, *_), expected = plain(exact, cotangents, tau, segment_ids)
+    _, same_dtype = plain(arrays, cotangents, tau, segment_ids)
     if tau is None:
         cotangents[2] = None
-    actual = backward(arrays, out, lse, cotangents, slices=slices, tau=tau)
+    actual = backward(
+        arrays, out, lse, cotangents, segment_ids=segment_ids, slices=slices, tau=tau
+    )
     for x, y, z in zip(actual, same_dtype, expected, strict=True):
         assert x.shape == y.shape
         assert x.dtype == y.dtype
