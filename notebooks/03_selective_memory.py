@@ -27,7 +27,7 @@
 #
 # ```
 # python -m benchmarks.selective_memory --context 512 --vocabulary 4096 \
-#     --text torch.txt sympy.txt ... --out FILE
+#     --text torch.txt sympy.txt ... --memory-loss-weight 0.1 --out FILE
 # ```
 
 # %%
@@ -58,8 +58,8 @@ for result in results["results"]:
 
 # %% [markdown]
 # The losses are nats per token over all of the held-out text. The search compared
-# losses on the batches that were evaluated during training only; of the budgets it came
-# across, the smallest ones count that keep the dense model's loss on all of that text.
+# losses on a few batches of it only; of the budgets it came across, the smallest ones
+# count that keep the dense model's loss on all of that text.
 
 
 # %%
@@ -95,7 +95,8 @@ ax.legend()
 
 # %% [markdown]
 # The search lowers one budget after the other, where a token costs the least loss. In
-# the end one layer of six keeps most of the context, and the others nearly nothing.
+# the end one or two layers of six keep much of the context, and the others nearly
+# nothing.
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3.5))
