@@ -15,7 +15,7 @@ import jattn
 from benchmarks.dense import attention_flops, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
-from jattn.pallas.block_sparse import mosaic
+from jattn.pallas.block_sparse import mosaic, mosaic_backward
 from jattn.pallas.block_sparse.launch import RowTiling, Tiling
 
 SCHEMES = {
@@ -85,6 +85,11 @@ TUNING = {
             Tiling(rows=128, tiles=32, warps=8, stages=1),
             Tiling(rows=128, tiles=32, warps=8, stages=2),
         ],
+        case="jattn",
+        direction="backward",
+    ),
+    "block_sparse_backward_mosaic": Tuning(
+        [mosaic_backward.Tiling(programs=264)],
         case="jattn",
         direction="backward",
     ),

@@ -79,9 +79,10 @@ def call(
     grid: Mapping[str, int],
     consumers: int,
     name: str,
+    producers: int = 1,
     cluster: Mapping[str, int] = MappingProxyType({}),
 ) -> list[jax.Array]:
-    """Runs a kernel whose thread blocks are consumers and a producer, a warpgroup each.
+    """Runs a kernel whose thread blocks are consumers and producers, a warpgroup each.
 
     Args:
       kernel: Takes references to the operands and outputs, and those to memory by name.
@@ -89,9 +90,10 @@ def call(
       outputs: Their shapes and dtypes.
       memory: Types of shared memory and of barriers.
       grid: Thread blocks, or clusters of them, along each axis by its name.
-      consumers: Warpgroups of a thread block besides the producer; all are numbered
+      consumers: Warpgroups of a thread block besides the producers; all are numbered
         along the axis "warpgroup".
       name: Of the kernel, in profiles.
+      producers: Warpgroups that load.
       cluster: Thread blocks of a cluster along each axis by its name; of none if empty.
 
     Returns:
@@ -105,7 +107,7 @@ def call(
         grid_names=tuple(grid),
         cluster=tuple(cluster.values()),
         cluster_names=tuple(cluster),
-        num_threads=consumers + 1,
+        num_threads=consumers + producers,
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(

@@ -67,7 +67,7 @@ def unsupported_mosaic(
     block_size: int,
     packed: bool,
 ) -> str | None:
-    """Why Mosaic's kernel does not make the partial outputs of a call, or None.
+    """Why Mosaic's kernels do not make the partial results of a call, or None.
 
     Args:
       query: [B, T, N, H].

@@ -150,7 +150,7 @@ def mosaic_backward_tiling(
     query: jax.Array, value: jax.Array, block: int, group: int
 ) -> mosaic_backward.Tiling:
     """The tiling of Mosaic's kernel for partial gradients; see `forward_tiling`."""
-    heuristic = mosaic_backward.Tiling(slots=2, programs=_device.multiprocessors())
+    heuristic = mosaic_backward.Tiling(programs=_device.multiprocessors())
     shape = _tuning_shape(query, value, block, group)
     return tuning.choose("block_sparse_backward_mosaic", shape, heuristic)
 
@@ -179,6 +179,7 @@ class Launch:
         scale,
         tiling=None,
         sharers=None,
+        times=1,
     ):
         """Takes attend's arguments.
 
@@ -192,6 +193,7 @@ class Launch:
           scale: Factor of the logits.
           tiling: That of `by_tiles`; None for combine_tiling.
           sharers: Queries that may share blocks; None for those of a tile.
+          times: See `portions`.
         """
         self.queries, heads, key_width = query.shape[1:]
         self.keys, self.kv_heads, value_width = value.shape[1:]
@@ -216,7 +218,9 @@ class Launch:
         self.tokens = 1 << max(1, most).bit_length() - 1
         self.sharers = sharers or self.tokens
         width = max(key_width, value_width)
-        self.portions = portions(query, self.kv_heads, self.slots, width, self.sharers)
+        self.portions = portions(
+            query, self.kv_heads, self.slots, width, self.sharers, times
+        )
         self.constants: dict[str, Any] = {
             "KV_HEADS": self.kv_heads,
             "LISTS": self.members,

@@ -26,12 +26,8 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
-
-LOG2_E = math.log2(math.e)
-
-# Rows of a tile, and keys of a block.
-ROWS = 64
-BLOCK = 64
+from jattn.pallas.block_sparse import mosaic_chunk
+from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, LOG2_E, ROWS, Sizes
 
 # Blocks of keys in flight, as many as a tile of queries may share.
 BLOCK_SLOTS = 3
@@ -56,40 +52,6 @@ class Tiling:
     consumers: int
     slots: int
     programs: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """What the kernel knows of its arguments.
-
-    Attributes:
-      queries: T.
-      kv_heads: K.
-      slots: n, blocks of the kernel in a list.
-      group: G.
-      width: H.
-      offset: Position of the first query.
-      length: L, queries in a chunk, a multiple of SHARERS.
-      chunks: C.
-      rows: M, kv heads in a portion.
-      scale_log2: Factor of the logits, in units of log 2.
-    """
-
-    queries: int
-    kv_heads: int
-    slots: int
-    group: int
-    width: int
-    offset: int
-    length: int
-    chunks: int
-    rows: int
-    scale_log2: float
-
-    @property
-    def tokens(self) -> int:
-        """Queries of a tile."""
-        return ROWS // self.group
 
 
 # Compiled once for all steps of a call.
@@ -126,7 +88,7 @@ def partial_outputs(
       ranges: int32 [D C M, programs, 4]: of each thread block the first tile, one past
         the last, the first block, and one past the last.
       step: int32 [1], which chunk of which portion.
-      sizes: Those of the arguments.
+      sizes: Those of the arguments; a chunk's length is a multiple of SHARERS.
       tiling: Tile sizes.
 
     Returns:
@@ -208,42 +170,28 @@ class _Work:
 
     Attributes:
       shared: [C L / SHARERS, 1, 1 + SHARED] of its kv head.
-      pairs: [P] of its chunk and kv head.
-      pair_starts: [blocks + 1].
-      tile_starts: [blocks + 1].
+      chunk: Its own.
       first: First tile.
       last: One past the last one.
       first_block: Block of the first tile.
       last_block: One past that of the last tile.
       program: Which of its kv head's thread blocks it is.
       programs: Thread blocks of a kv head.
-      batch: Row of the batch.
-      kv_head: Of the keys.
-      kv_row: Of the portion.
-      chunk: Of the queries.
-      sizes: Those of the arguments.
     """
 
     shared: Any
-    pairs: Any
-    pair_starts: Any
-    tile_starts: Any
+    chunk: mosaic_chunk.Chunk
     first: jax.Array
     last: jax.Array
     first_block: jax.Array
     last_block: jax.Array
     program: jax.Array
     programs: int
-    batch: jax.Array
-    kv_head: jax.Array
-    kv_row: jax.Array
-    chunk: jax.Array
-    sizes: Sizes
 
     @property
-    def first_token(self):
-        """First query of the chunk."""
-        return self.chunk * self.sizes.length
+    def sizes(self) -> Sizes:
+        """Those of the arguments."""
+        return self.chunk.sizes
 
     @property
     def middle(self):
@@ -270,7 +218,7 @@ class _Work:
         def item_step(i, carry):
             blocks, tiles = carry
             item = self.program + i * self.programs
-            shared = self.shared.at[self.chunk * items + item, 0]
+            shared = self.shared.at[self.chunk.number * items + item, 0]
             count = shared[0]
 
             @pl.when(count > 0)
@@ -289,8 +237,8 @@ class _Work:
 
             def block_step(block, carry):
                 blocks, tiles = carry
-                begin = jnp.maximum(self.tile_starts[block], first)
-                end = jnp.minimum(self.tile_starts[block + 1], last)
+                begin = jnp.maximum(self.chunk.tile_starts[block], first)
+                end = jnp.minimum(self.chunk.tile_starts[block + 1], last)
 
                 @pl.when(end > begin)
                 def _():
@@ -308,38 +256,26 @@ class _Work:
 
         Past the block's last pair they are any others.
         """
-        first = tile - self.tile_starts[block]
-        first = self.pair_starts[block] + first * self.sizes.tokens
-        last = self.pairs.shape[0] - 1
-        pairs = [
-            self.pairs[jnp.minimum(first + i, last)] for i in range(self.sizes.tokens)
-        ]
-        return first, [div_rem(pair, self.sizes.slots) for pair in pairs]
+        first = tile - self.chunk.tile_starts[block]
+        first = self.chunk.pair_starts[block] + first * self.sizes.tokens
+        return first, self.chunk.pairs_from(first)
 
 
 def _work(shared, pairs, pair_starts, tile_starts, ranges, step, *, sizes) -> _Work:
-    program, kv_row = lax.axis_index("program"), lax.axis_index("kv_row")
-    step = step[0]
-    row = step * sizes.rows + kv_row
-    portion, chunk = div_rem(step, sizes.chunks)
-    place = portion * sizes.rows + kv_row
-    batch, kv_head = div_rem(place, sizes.kv_heads)
+    chunk = mosaic_chunk.chunk(pairs, pair_starts, tile_starts, step, sizes)
+    program = lax.axis_index("program")
+    first, last, first_block, last_block = (
+        ranges[chunk.row, program, i] for i in range(4)
+    )
     return _Work(
-        shared=shared.at[place],
-        pairs=pairs.at[row],
-        pair_starts=pair_starts.at[row],
-        tile_starts=tile_starts.at[row],
-        first=ranges[row, program, 0],
-        last=ranges[row, program, 1],
-        first_block=ranges[row, program, 2],
-        last_block=ranges[row, program, 3],
+        shared=shared.at[chunk.place],
+        chunk=chunk,
+        first=first,
+        last=last,
+        first_block=first_block,
+        last_block=last_block,
         program=program,
         programs=ranges.shape[1],
-        batch=batch,
-        kv_head=kv_head,
-        kv_row=kv_row,
-        chunk=chunk,
-        sizes=sizes,
     )
 
 
@@ -407,32 +343,30 @@ class _Producer:
         lax.fori_loop(begin, end, load_tile, None)
 
     def _load_keys(self, block, number):
-        memory, work = self.memory, self.work
+        memory, chunk = self.memory, self.work.chunk
         slot = div_rem(number, BLOCK_SLOTS)[1]
         plgpu.barrier_wait(memory.block_empty.at[slot])
         keys = pl.ds(pl.multiple_of(block * BLOCK, BLOCK), BLOCK)
         for source, target in ((self.key, memory.key), (self.value, memory.value)):
             plgpu.copy_gmem_to_smem(
-                source.at[work.batch, keys, work.kv_head],
+                source.at[chunk.batch, keys, chunk.kv_head],
                 target.at[slot],
                 memory.block_full.at[slot],
             )
 
     def _load_queries(self, number, tokens):
         """Loads a tile's queries, numbered from the chunk's first."""
-        memory, work, sizes = self.memory, self.work, self.work.sizes
+        memory = self.memory
         turn, consumer = div_rem(number, self.tiling.consumers)
         slot = div_rem(turn, self.tiling.slots)[1]
         barrier = consumer * self.tiling.slots + slot
         plgpu.barrier_wait(memory.query_empty.at[barrier])
-        for i, token in enumerate(tokens):
-            token = jnp.minimum(work.first_token + token, sizes.queries - 1)
-            head = work.kv_head * sizes.group
-            plgpu.copy_gmem_to_smem(
-                self.query.at[work.batch, token, pl.ds(head, sizes.group)],
-                memory.query.at[consumer, slot, pl.ds(i * sizes.group, sizes.group)],
-                memory.query_full.at[barrier],
-            )
+        self.work.chunk.load_rows(
+            self.query,
+            memory.query.at[consumer, slot],
+            memory.query_full.at[barrier],
+            tokens,
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -521,7 +455,7 @@ class _Consumer:
     def _attend_block(self, block, begin, end, blocks, tiles):
         memory, work = self.memory, self.work
         slot = div_rem(blocks, BLOCK_SLOTS)[1]
-        last_pair = work.pair_starts[block + 1]
+        last_pair = work.chunk.pair_starts[block + 1]
         plgpu.barrier_wait(memory.block_full.at[slot])
 
         def attend_tile(turn, _):
@@ -543,8 +477,8 @@ class _Consumer:
 
     def _target(self, token, place):
         """Where in the results those of a query and slot are."""
-        work, sizes = self.work, self.work.sizes
-        return (token * sizes.rows + work.kv_row) * (1 + sizes.slots) + place
+        sizes, kv_row = self.work.sizes, self.work.chunk.kv_row
+        return (token * sizes.rows + kv_row) * (1 + sizes.slots) + place
 
     def _attend(self, turn, tokens, block, block_slot, carry):
         """Attends from a tile to one block, and to those of carry.
@@ -594,9 +528,9 @@ class _Consumer:
 
     def _mask(self, logits, tokens, block):
         """Replaces logits of keys past a row's query by minus infinity."""
-        group = self.work.sizes.group
+        chunk, group = self.work.chunk, self.work.sizes.group
         row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
-        first = self.work.first_token + self.work.sizes.offset - block * BLOCK
+        first = chunk.first_token + chunk.sizes.offset - block * BLOCK
         last = jnp.full_like(row, tokens[0])
         for i, token in enumerate(tokens[1:], 1):
             last = jnp.where(row >= i * group, jnp.full_like(row, token), last)

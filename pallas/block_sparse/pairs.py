@@ -60,7 +60,12 @@ def kernel_block(query: jax.Array, value: jax.Array, block_size: int) -> int:
 
 
 def portions(
-    query: jax.Array, kv_heads: int, slots: int, width: int, tokens: int
+    query: jax.Array,
+    kv_heads: int,
+    slots: int,
+    width: int,
+    tokens: int,
+    times: int = 1,
 ) -> Portions:
     """Portions of the B K kv heads, and chunks of the queries.
 
@@ -73,15 +78,17 @@ def portions(
       slots: n, blocks of the kernels in a list.
       width: That of a partial result.
       tokens: What the length of a chunk has to be a multiple of.
+      times: How many times PARTIAL_BYTES partial results may take.
     """
+    limit = times * PARTIAL_BYTES
     b, t, heads = query.shape[:3]
     head_bytes = t * heads // kv_heads * slots * width * query.dtype.itemsize
-    most = max(1, PARTIAL_BYTES // head_bytes)
+    most = max(1, limit // head_bytes)
     total = b * kv_heads
     rows = max(x for x in range(1, total + 1) if total % x == 0 and x <= most)
     # The kernels address the queries of a chunk in 32 bits.
     least = t * heads * width // 2**31 + 1
-    chunks = max(least, -(-rows * head_bytes // PARTIAL_BYTES))
+    chunks = max(least, -(-rows * head_bytes // limit))
     length = -(-t // min(t, chunks))
     length += -length % tokens
     return Portions(rows, total // rows, length, -(-t // length))

@@ -35,6 +35,7 @@ from jattn.pallas.block_sparse import (
     kernels,
     mosaic,
     mosaic_backward,
+    mosaic_chunk,
     unsupported_mosaic,
 )
 from jattn.pallas.block_sparse.launch import (
@@ -293,12 +294,12 @@ def _add_mosaic_parts(arguments, addends, results, **constants):
     """
     query, key, value, block_indices, *_ = arguments
     group = query.shape[2] // block_indices.shape[2]
-    tiling = merge_tiling(query, value, mosaic.BLOCK, group)
+    tiling = merge_tiling(query, value, mosaic_chunk.BLOCK, group)
     launch = Launch(*arguments, tiling=tiling, sharers=mosaic.SHARERS)
     blocks, shared = launch.plan(share=True)
     pairs, starts = sort_pairs(blocks, launch.blocks)
     sizes = _mosaic_sizes(launch, query)
-    tiling = mosaic_tiling(query, value, mosaic.BLOCK, group)
+    tiling = mosaic_tiling(query, value, mosaic_chunk.BLOCK, group)
     programs = max(1, tiling.programs // sizes.rows)
     plan = pairs, starts, *split_tiles(starts, sizes.tokens, programs)
     plan = [x.reshape(-1, *x.shape[3:]) for x in plan]  # [D C M, ..]
@@ -330,10 +331,10 @@ def _add_mosaic_parts(arguments, addends, results, **constants):
     return _steps.each_step(launch.portions.steps, step)
 
 
-def _mosaic_sizes(launch, query) -> mosaic.Sizes:
+def _mosaic_sizes(launch, query) -> mosaic_chunk.Sizes:
     """What Mosaic's kernels know of the arguments of a launch."""
     rows, _, length, chunks = launch.portions
-    return mosaic.Sizes(
+    return mosaic_chunk.Sizes(
         queries=launch.queries,
         kv_heads=launch.kv_heads,
         slots=launch.slots,
@@ -372,7 +373,9 @@ def backward(
     in_triton = unsupported_mosaic(query, key, value, block_indices, block_size, packed)
     group = query.shape[2] // block_indices.shape[2]
     block = kernel_block(query, value, block_size)
-    launch = Launch(*arguments, tiling=query_sums_tiling(query, value, block, group))
+    tiling = query_sums_tiling(query, value, block, group)
+    # In longer chunks blocks have fewer units to add up.
+    launch = Launch(*arguments, tiling=tiling, times=1 if in_triton else 2)
     blocks, _ = launch.plan(share=False)
     # A query that sees nothing gets probabilities exp2(-inf - inf) = 0.
     lse = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
@@ -403,7 +406,11 @@ def backward(
             launch.portions.chunks,
             units,
             results=[*partials, key_sums, value_sums],
-            grid=(launch.blocks, launch.portions.rows, triton.cdiv(max(sizes), SUM_STEP)),
+            grid=(
+                launch.blocks,
+                launch.portions.rows,
+                triton.cdiv(max(sizes), SUM_STEP),
+            ),
             KV_HEADS=launch.kv_heads,
             KEY_SIZE=sizes[0],
             VALUE_SIZE=sizes[1],
@@ -483,7 +490,7 @@ def _triton_gradients(launch, blocks, query, key, value, out_gradient, lse, delt
 
 
 def _mosaic_gradients(launch, blocks, query, key, value, out_gradient, lse, delta):
-    """How Mosaic does; see `_triton_gradients`. It writes to new arrays in each step."""
+    """How Mosaic does, to new arrays in each step; see `_triton_gradients`."""
     tiling = mosaic_backward_tiling(query, value, launch.block, launch.group)
     sizes = _mosaic_sizes(launch, query)
     pairs, starts = sort_pairs(blocks, launch.blocks)
@@ -494,13 +501,13 @@ def _mosaic_gradients(launch, blocks, query, key, value, out_gradient, lse, delt
     plan = pairs, starts, tile_starts, ranges
     plan = [x.reshape(-1, *x.shape[3:]) for x in plan]  # [D C M, ..]
     key, value = (_whole_blocks(launch, x) for x in (key, value))
-    statistics = mosaic_backward.statistics(lse, delta, launch.kv_heads)
+    statistics = mosaic_backward.statistics(lse, delta, sizes)
     arrays = query, key, value, out_gradient, statistics
     units = launch.blocks + programs
 
     def make_partials(step, _):
         return mosaic_backward.partial_gradients(
-            *arrays, *plan, step, units=units, sizes=sizes, tiling=tiling
+            *arrays, *plan, step, units=units, sizes=sizes
         )
 
     return make_partials, unit_starts, units

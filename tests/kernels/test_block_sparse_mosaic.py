@@ -10,7 +10,13 @@ import pytest
 from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.nsa import gated_sum
 from jattn.pallas import _mosaic, _triton, tuning
-from jattn.pallas.block_sparse import mosaic, pairs, unsupported, unsupported_mosaic
+from jattn.pallas.block_sparse import (
+    mosaic,
+    mosaic_chunk,
+    pairs,
+    unsupported,
+    unsupported_mosaic,
+)
 from jattn.pallas.block_sparse import triton as kernel
 from jattn.pallas.block_sparse.launch import RowTiling
 from tests.support import normal, relative_rms
@@ -106,7 +112,7 @@ def test_tiles_are_shared_out_evenly():
 
 @pytest.mark.parametrize("group", [8, 16, 32])
 def test_lowers_for_hopper(lower_for_h100, group):
-    sizes = mosaic.Sizes(
+    sizes = mosaic_chunk.Sizes(
         queries=1000,
         kv_heads=2,
         slots=4,
