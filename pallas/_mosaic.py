@@ -6,7 +6,8 @@ NaN. It keeps its state in global variables: one kernel at a time, so not under
 shard_map over several host devices.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+import functools
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -72,7 +73,7 @@ def interpretation() -> plgpu.InterpretGPUParams | None:
 
 
 def call(
-    kernel: Callable[..., None],
+    kernel: functools.partial[None],
     *operands: jax.Array,
     outputs: Sequence[jax.ShapeDtypeStruct],
     memory: Mapping[str, Any],
@@ -85,7 +86,8 @@ def call(
     """Runs a kernel whose thread blocks are consumers and producers, a warpgroup each.
 
     Args:
-      kernel: Takes references to the operands and outputs, and those to memory by name.
+      kernel: Takes references to the operands and outputs, and those to memory by name;
+        what it is given beforehand, by name and hashable.
       *operands: Arrays.
       outputs: Their shapes and dtypes.
       memory: Types of shared memory and of barriers.
@@ -99,15 +101,46 @@ def call(
     Returns:
       The outputs.
     """
-    results = plgpu.kernel(
-        kernel,
+    results = _run(
+        *operands,
+        kernel=kernel.func,
+        constants=tuple(kernel.keywords.items()),
+        outputs=tuple(outputs),
+        memory=tuple(memory.items()),
+        grid=tuple(grid.items()),
+        cluster=tuple(cluster.items()),
+        warpgroups=consumers + producers,
+        name=name,
+    )
+    return _triton.vary_like(results, operands)
+
+
+# A program that launches a kernel often, as in each of its layers, lowers it once.
+@functools.partial(
+    jax.jit,
+    static_argnames=(
+        "kernel",
+        "constants",
+        "outputs",
+        "memory",
+        "grid",
+        "cluster",
+        "warpgroups",
+        "name",
+    ),
+)
+def _run(
+    *operands, kernel, constants, outputs, memory, grid, cluster, warpgroups, name
+):
+    return plgpu.kernel(
+        functools.partial(kernel, **dict(constants)),
         out_type=list(outputs),
-        scratch_types=memory,
-        grid=tuple(grid.values()),
-        grid_names=tuple(grid),
-        cluster=tuple(cluster.values()),
-        cluster_names=tuple(cluster),
-        num_threads=consumers + producers,
+        scratch_types=dict(memory),
+        grid=tuple(size for _, size in grid),
+        grid_names=tuple(axis for axis, _ in grid),
+        cluster=tuple(size for _, size in cluster),
+        cluster_names=tuple(axis for axis, _ in cluster),
+        num_threads=warpgroups,
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
@@ -115,7 +148,6 @@ def call(
         ),
         interpret=interpretation(),
     )(*operands)
-    return _triton.vary_like(results, operands)
 
 
 def matrix(*shape: int, dtype: Any) -> Any:

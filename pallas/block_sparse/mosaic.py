@@ -54,8 +54,6 @@ class Tiling:
     programs: int
 
 
-# Compiled once for all steps of a call.
-@functools.partial(jax.jit, static_argnames=("sizes", "tiling"))
 def partial_outputs(
     query: jax.Array,
     key: jax.Array,

@@ -57,8 +57,6 @@ class Tiling:
     programs: int
 
 
-# Compiled once for all steps of a call.
-@functools.partial(jax.jit, static_argnames=("units", "sizes"))
 def partial_gradients(
     query: jax.Array,
     key: jax.Array,

@@ -301,8 +301,11 @@ def _add_mosaic_parts(arguments, addends, results, **constants):
     sizes = _mosaic_sizes(launch, query)
     tiling = mosaic_tiling(query, value, mosaic_chunk.BLOCK, group)
     programs = max(1, tiling.programs // sizes.rows)
-    plan = pairs, starts, *split_tiles(starts, sizes.tokens, programs)
-    plan = [x.reshape(-1, *x.shape[3:]) for x in plan]  # [D C M, ..]
+    tile_starts, ranges = split_tiles(starts, sizes.tokens, programs)
+    pairs, starts, tile_starts, ranges = (
+        x.reshape(-1, *x.shape[3:])  # [D C M, ..]
+        for x in (pairs, starts, tile_starts, ranges)
+    )
     key, value = (_whole_blocks(launch, x) for x in (key, value))
     new = results
 
@@ -311,7 +314,17 @@ def _add_mosaic_parts(arguments, addends, results, **constants):
             # Only now, so that partial results take the place of the step's before.
             step, results = jax.lax.optimization_barrier((step, results))
         partials = mosaic.partial_outputs(
-            query, key, value, shared, *plan, step, sizes=sizes, tiling=tiling
+            query,
+            key,
+            value,
+            shared,
+            pairs,
+            starts,
+            tile_starts,
+            ranges,
+            step,
+            sizes=sizes,
+            tiling=tiling,
         )
         return launch.by_tiles(
             kernels.merge_kernel,
@@ -498,16 +511,28 @@ def _mosaic_gradients(launch, blocks, query, key, value, out_gradient, lse, delt
     tile_starts, ranges = split_tiles(starts, sizes.tokens, programs)
     unit_starts, first_units = split_units_of_ranges(tile_starts, ranges)
     ranges = jnp.concatenate([ranges, first_units[..., None]], axis=-1)
-    plan = pairs, starts, tile_starts, ranges
-    plan = [x.reshape(-1, *x.shape[3:]) for x in plan]  # [D C M, ..]
+    pairs, starts, tile_starts, ranges = (
+        x.reshape(-1, *x.shape[3:])  # [D C M, ..]
+        for x in (pairs, starts, tile_starts, ranges)
+    )
     key, value = (_whole_blocks(launch, x) for x in (key, value))
     statistics = mosaic_backward.statistics(lse, delta, sizes)
-    arrays = query, key, value, out_gradient, statistics
     units = launch.blocks + programs
 
     def make_partials(step, _):
         return mosaic_backward.partial_gradients(
-            *arrays, *plan, step, units=units, sizes=sizes
+            query,
+            key,
+            value,
+            out_gradient,
+            statistics,
+            pairs,
+            starts,
+            tile_starts,
+            ranges,
+            step,
+            units=units,
+            sizes=sizes,
         )
 
     return make_partials, unit_starts, units

@@ -171,18 +171,14 @@ def _mosaic_scores(
     heuristic = heuristic_mosaic_tiling(h, n // kv_heads)
     tiling = tuning.choose("selection_scores_mosaic", shape, heuristic)
 
-    # Lowered once for all chunks.
-    block_scores = jax.jit(
-        functools.partial(
-            mosaic.block_scores,
-            length=length,
-            kernel_size=kernel_size,
-            stride=stride,
-            cells=cells,
-            scale_log2=scale_log2,
-            tiling=tiling,
-        ),
-        static_argnames="scores",
+    block_scores = functools.partial(
+        mosaic.block_scores,
+        length=length,
+        kernel_size=kernel_size,
+        stride=stride,
+        cells=cells,
+        scale_log2=scale_log2,
+        tiling=tiling,
     )
 
     def write(step, rows, _, after):

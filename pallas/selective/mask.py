@@ -238,16 +238,9 @@ def bias_kernel(
     first_token = tl.load(region_ptr) + tl.program_id(1) * ROWS
     first_key = tl.load(region_ptr + 1) + tl.program_id(0) * KEYS
     block = batch * blocks + first_token // ROWS
+    ENDED: tl.constexpr = PACKED and not SEPARATE  # pyright: ignore
     needless = _nothing_seen(
-        starts_ptr,
-        batch,
-        first_token,
-        first_key,
-        queries,
-        keys,
-        ROWS,
-        KEYS,
-        PACKED and not SEPARATE,
+        starts_ptr, batch, first_token, first_key, queries, keys, ROWS, KEYS, ENDED
     )
     if SKIP:
         dead = (first_token < queries) & (first_key < columns)
