@@ -206,6 +206,11 @@ def product(x, y):
     return pl.run_scoped(multiply, plgpu.WGMMAAccumulatorRef(shape, jnp.float32))
 
 
+def filled(value: float, shape: tuple[int, ...], layout=MATRIX):
+    """An fp32 array in registers, of one value."""
+    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+
+
 def zeros(shape: tuple[int, int]):
     """An fp32 matrix of zeros in registers."""
-    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), MATRIX)
+    return filled(0, shape)

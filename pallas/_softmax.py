@@ -1,7 +1,12 @@
-"""What the gradients of every softmax need."""
+"""What every softmax needs, and its gradients."""
+
+import math
 
 import jax
 import jax.numpy as jnp
+
+# GPUs have exponentials in base 2: kernels take logits in units of log 2.
+LOG2_E = math.log2(math.e)
 
 
 def delta(

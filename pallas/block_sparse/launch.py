@@ -4,7 +4,6 @@ Letters as in `jattn.pallas.block_sparse.triton`.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -12,6 +11,7 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _device, _steps, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.block_sparse import kernels, mosaic, mosaic_backward
 from jattn.pallas.block_sparse.pairs import (
     Units,
@@ -20,8 +20,6 @@ from jattn.pallas.block_sparse.pairs import (
     sort_pairs,
     split_units,
 )
-
-LOG2_E = math.log2(math.e)
 
 # Blocks that a tile of queries may share: its own, the one before, and the first.
 SHARED = 3

@@ -26,8 +26,9 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.block_sparse import mosaic_chunk
-from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, LOG2_E, ROWS, Sizes
+from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, ROWS, Sizes
 
 # Blocks of keys in flight, as many as a tile of queries may share.
 BLOCK_SLOTS = 3

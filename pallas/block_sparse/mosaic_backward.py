@@ -28,6 +28,7 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import MATRIX, div_rem
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.block_sparse.mosaic_backward_work import (
     CONSUMERS,
     SLOTS,
@@ -37,7 +38,7 @@ from jattn.pallas.block_sparse.mosaic_backward_work import (
     memory_types,
     work_of,
 )
-from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, LOG2_E, ROWS, Sizes
+from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, ROWS, Sizes
 
 # Columns of dQ at a time. All at once, they would take registers from dK and dV.
 COLUMNS = 64

@@ -4,7 +4,6 @@ Letters as in `jattn.pallas.block_sparse.triton`.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -14,8 +13,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.pallas._mosaic import div_rem
-
-LOG2_E = math.log2(math.e)
 
 # Rows of a tile, and keys of a block.
 ROWS = 64

@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _mosaic, _softmax, _steps, _triton
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.block_sparse import (
     gradient_kernels,
     kernels,
@@ -39,7 +40,6 @@ from jattn.pallas.block_sparse import (
     unsupported_mosaic,
 )
 from jattn.pallas.block_sparse.launch import (
-    LOG2_E,
     SHARED,
     Launch,
     backward_tiling,

@@ -22,8 +22,6 @@ Letters: B batch, T queries, M keys, N query heads, K kv heads, G = N / K, H wid
 
 import dataclasses
 import functools
-import math
-import operator
 from typing import Any
 
 import jax
@@ -33,50 +31,20 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.pallas import _device, _mosaic, tuning
-from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, ceil_div, div_rem
+from jattn.pallas._mosaic import ceil_div, div_rem
 from jattn.pallas.flash import ROWS
-from jattn.pallas.flash.mosaic_items import (
-    ALIGNMENT,
-    Sizes,
-    divide,
-    item_at,
-    stretches,
+from jattn.pallas.flash.mosaic_consumer import Consumer
+from jattn.pallas.flash.mosaic_items import ALIGNMENT, Sizes, item_at, stretches
+from jattn.pallas.flash.mosaic_memory import (
+    PAIR,
+    QUERY_SLOTS,
+    Memory,
+    Tiling,
+    memory_types,
 )
-
-LOG2_E = math.log2(math.e)
-
-# Tiles of queries of a consumer: the one at work, and the next one.
-QUERY_SLOTS = 2
 
 # Keys up to which small steps are faster.
 FEW_KEYS = 1024
-
-# Columns of the partial sums of a row's weights.
-PARTIAL = 8
-
-# The axis of the thread blocks that share keys and values.
-PAIR = "pair"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How the kernel is cut up: speed, never results.
-
-    Attributes:
-      consumers: Warpgroups of a thread block that compute, 2 or 3.
-      cluster: Thread blocks that share keys and values, 1 or 2.
-      keys: Keys of a step, a multiple of 64.
-      edge: Keys of an item's first step, a multiple of 64 and no more than the others.
-      slots: Slots of the ring of keys and values, at least 3.
-      programs: Thread blocks.
-    """
-
-    consumers: int
-    cluster: int
-    keys: int
-    edge: int
-    slots: int
-    programs: int
 
 
 def forward(
@@ -157,7 +125,7 @@ def forward(
             jax.ShapeDtypeStruct(padded.shape, value.dtype),
             jax.ShapeDtypeStruct((batch, kv_heads, rows), jnp.float32),
         ],
-        memory=_memory_types(tiling, sizes, query.dtype),
+        memory=memory_types(tiling, sizes, query.dtype),
         grid={"program": clusters},
         consumers=tiling.consumers,
         name="flash_forward",
@@ -208,57 +176,10 @@ def _multiple(x: jax.Array, least: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-    """References to shared memory and to the barriers that guard it.
-
-    Attributes:
-      query: [QUERY_SLOTS, consumers, ROWS, H], queries, and then the output.
-      ring: [slots, keys, H], keys and values.
-      weights: [consumers, ROWS, keys], P in the interpreter, else None.
-      query_full: Of each slot.
-      query_empty: Of each slot.
-      ring_full: Of each slot.
-      ring_empty: Of each slot, in all thread blocks that share keys and values.
-    """
-
-    query: Any
-    ring: Any
-    weights: Any
-    query_full: Any
-    query_empty: Any
-    ring_full: Any
-    ring_empty: Any
-
-
-def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
-    """The types of _Memory's attributes."""
-    consumers = tiling.consumers
-
-    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
-    return {
-        "query": matrix(QUERY_SLOTS, consumers, ROWS, sizes.width),
-        "ring": matrix(tiling.slots, tiling.keys, sizes.width),
-        "weights": matrix(consumers, ROWS, tiling.keys)
-        if _mosaic.interpretation()
-        else None,
-        "query_full": _mosaic.barriers(QUERY_SLOTS, consumers * sizes.parts),
-        "query_empty": _mosaic.barriers(QUERY_SLOTS, consumers),
-        "ring_full": _mosaic.barriers(tiling.slots, 1),
-        "ring_empty": _mosaic.barriers(tiling.slots, consumers)
-        if tiling.cluster == 1
-        else plgpu.ClusterBarrier(
-            collective_axes=(PAIR,),
-            num_barriers=tiling.slots,
-            num_arrivals=consumers,
-        ),
-    }
-
-
 def _kernel(*refs, sizes: Sizes, tiling: Tiling, **memory):
     """A thread block: its cluster's items program, program + programs, and so on."""
     query, key, value, out, lse = refs
-    memory = _Memory(**memory)
+    memory = Memory(**memory)
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     first_tile = jnp.int32(0)
     if tiling.cluster > 1:
@@ -280,7 +201,7 @@ def _kernel(*refs, sizes: Sizes, tiling: Tiling, **memory):
         registers = 240 if tiling.consumers == 2 else 160
         plgpu.set_max_registers(registers, action="increase")
         tile = first_tile + warpgroup
-        consumer = _Consumer(warpgroup, tile, out, lse, memory, sizes, tiling)
+        consumer = Consumer(warpgroup, tile, out, lse, memory, sizes, tiling)
         consumer.run(item, rounds)
 
 
@@ -292,7 +213,7 @@ class _Producer:
     key: Any
     value: Any
     first_tile: jax.Array
-    memory: _Memory
+    memory: Memory
     sizes: Sizes
     tiling: Tiling
 
@@ -354,247 +275,3 @@ class _Producer:
             collective_axes=PAIR if self.tiling.cluster > 1 else None,
         )
         return _mosaic.following(slot, self.tiling.slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Consumer:
-    """Attends from its tiles of rows.
-
-    Attributes:
-      me: Which of the thread block's consumers.
-      tile: Which of an item's tiles is its.
-      out: [B, T, N, H].
-      lse: [B, K, rows], by tiles.
-      memory: Shared memory and barriers.
-      sizes: Those of the arguments.
-      tiling: Tile sizes.
-    """
-
-    me: jax.Array
-    tile: jax.Array
-    out: Any
-    lse: Any
-    memory: _Memory
-    sizes: Sizes
-    tiling: Tiling
-
-    def run(self, get_item, rounds):
-        """Writes the output of as many items."""
-        memory, first = self.memory, get_item(0)
-        for slot in range(QUERY_SLOTS):
-            plgpu.barrier_arrive(memory.query_empty.at[slot])
-        for slot in range(self.tiling.slots):
-            plgpu.barrier_arrive(memory.ring_empty.at[slot])
-        plgpu.barrier_wait(memory.query_full.at[0])
-        plgpu.barrier_wait(memory.ring_full.at[0])
-
-        def multiply_keys(logits):
-            key = self._block(0, self.sizes.edge).transpose((1, 0))
-            plgpu.wgmma(logits, memory.query.at[0, self.me], key)
-            return logits[...]
-
-        logits = pl.run_scoped(multiply_keys, self._accumulator(self.sizes.edge))
-        plgpu.barrier_arrive(memory.ring_empty.at[0])
-        logits = self._mask(logits, first, 0)
-        _, weights, *softmax = self._softmax(logits, *self._nothing())
-        weights = weights.astype(memory.ring.dtype)
-
-        def attend_item(i, carry):
-            return self._attend_item(i, get_item(i), get_item(i + 1), rounds, carry)
-
-        lax.fori_loop(0, rounds, attend_item, (jnp.int32(1), weights, *softmax))
-        self._release_query(rounds - 1)
-
-    def _attend_item(self, i, item, following, rounds, carry):
-        """Writes an item's output and begins the following one."""
-        slot, *softmax = carry
-        query_slot = div_rem(i, QUERY_SLOTS)[1]
-        attended = _filled(0, (ROWS, self.sizes.width), MATRIX)
-        # Copying the last item's output takes a while.
-        release_step = jnp.minimum(item.blocks, 2)
-
-        def attend_step(step, carry, masked):
-            key_slot, attended, weights, *softmax = carry
-            value_slot = _mosaic.following(key_slot, self.tiling.slots)
-            plgpu.barrier_wait(self.memory.ring_full.at[key_slot])
-
-            def next_softmax(logits):
-                plgpu.barrier_arrive(self.memory.ring_empty.at[key_slot])
-                if masked:
-                    logits = self._mask(logits, item, step)
-                return self._softmax(logits, *softmax)
-
-            def release():
-                is_now = (step == release_step) & (i > 0)
-                pl.when(is_now)(lambda: self._release_query(i - 1))
-
-            slots = query_slot, key_slot, value_slot
-            decay, *softmax, attended = self._multiply(
-                slots, self.sizes.step, weights, attended, next_softmax, release
-            )
-            attended *= lax.broadcast_in_dim(decay, attended.shape, [0])
-            return _mosaic.following(value_slot, self.tiling.slots), attended, *softmax
-
-        carry = slot, attended, *softmax
-        begin = 1
-        if self.sizes.edge < self.sizes.step:
-            # The weights of the first step are fewer.
-            carry = attend_step(jnp.int32(1), carry, True)
-            begin = 2
-        masked = jnp.maximum(item.masked, begin)
-        for first, end, is_masked in (
-            (begin, masked, True),
-            (masked, item.steps, False),
-        ):
-            step = functools.partial(attend_step, masked=is_masked)
-            carry = lax.fori_loop(first, end, step, carry)
-        slot, attended, weights, peak, total = carry
-        is_now = (release_step == 0) & (i > 0)
-        pl.when(is_now)(lambda: self._release_query(i - 1))
-
-        # After the last item, logits are computed from what there is, for nobody.
-        goes_on = i + 1 < rounds
-        count = self.tiling.slots
-        key_slot = jnp.where(goes_on, slot, jnp.where(slot == 0, count, slot) - 1)
-        value_slot = jnp.where(goes_on, _mosaic.following(slot, count), slot)
-        following_slot = jnp.where(goes_on, 1 - query_slot, query_slot)
-
-        @pl.when(goes_on)
-        def _():
-            plgpu.barrier_wait(self.memory.query_full.at[following_slot])
-            plgpu.barrier_wait(self.memory.ring_full.at[key_slot])
-
-        def first_softmax(logits):
-            return self._softmax(self._mask(logits, following, 0), *self._nothing())
-
-        def release():
-            @pl.when(goes_on)
-            def _():
-                plgpu.barrier_arrive(self.memory.ring_empty.at[key_slot])
-
-        slots = following_slot, key_slot, value_slot
-        _, *softmax, attended = self._multiply(
-            slots, self.sizes.edge, weights, attended, first_softmax, release
-        )
-        self._write(item, query_slot, attended, peak, total)
-        return _mosaic.following(value_slot, count), *softmax
-
-    def _multiply(self, slots, keys, weights, attended, get_softmax, release):
-        """Multiplies query and keys, and adds the product of weights and values.
-
-        Returns what get_softmax returns for the former, and the latter. Calls release,
-        which branches, between the products.
-        """
-        memory = self.memory
-        query_slot, key_slot, value_slot = slots
-        values = weights.shape[1]
-        if memory.weights is not None:
-            staged = memory.weights.at[self.me, :, pl.ds(0, values)]
-            staged[...] = weights
-            plgpu.commit_smem()
-            weights = staged
-
-        def multiply(logits, update):
-            if memory.weights is None:
-                update[...] = attended
-            plgpu.barrier_wait(memory.ring_full.at[value_slot])
-            query = memory.query.at[query_slot, self.me]
-            plgpu.wgmma(logits, query, self._block(key_slot, keys).transpose((1, 0)))
-            plgpu.wgmma(update, weights, self._block(value_slot, values))
-            logits = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-            # Branches, which no instruction crosses. After the softmax it would keep
-            # the wait for the second product there, which is slower.
-            release()
-            softmax = get_softmax(logits)
-            result = update[...]
-            plgpu.barrier_arrive(memory.ring_empty.at[value_slot])
-            return softmax, result
-
-        (decay, weights, peak, total), result = pl.run_scoped(
-            multiply,
-            self._accumulator(keys),
-            self._accumulator(self.sizes.width),
-        )
-        if memory.weights is not None:
-            result += attended
-        # The registers of the weights that are being multiplied must not change before.
-        weights, result = lax.optimization_barrier((weights, result))
-        return decay, weights.astype(memory.ring.dtype), peak, total, result
-
-    def _block(self, slot, keys):
-        """Keys or values in a slot of the ring."""
-        return self.memory.ring.at[slot, pl.ds(0, keys)]
-
-    def _accumulator(self, columns):
-        return plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
-
-    def _nothing(self):
-        """Peak and total of a softmax over nothing."""
-        return _filled(LOWEST, (ROWS,), COLUMN), _filled(0, (ROWS, PARTIAL), MATRIX)
-
-    def _mask(self, logits, item, step):
-        """Replaces logits of keys that are not seen by minus infinity."""
-        sizes = self.sizes
-        tokens = sizes.tokens
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
-        if sizes.heads_first:
-            token = lax.rem(row, jnp.full_like(row, tokens))
-        else:
-            token = divide(row, sizes.group)
-        first_token = (item.tile * sizes.tiles + self.tile) * tokens
-        position = token + (first_token + sizes.offset)
-        column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
-        first_key = item.first_key(step, sizes.step)
-        end = sizes.end_key(position) - first_key
-        seen = column < lax.broadcast_in_dim(end, logits.shape, [0])
-        if sizes.window is not None:
-            begin = sizes.first_key(position) - first_key
-            seen &= column >= lax.broadcast_in_dim(begin, logits.shape, [0])
-        return jnp.where(seen, logits, -jnp.inf)
-
-    def _softmax(self, logits, peak, total):
-        """Adds logits to a softmax.
-
-        Returns what this multiplies earlier results by, the logits' weights, and the
-        new peak, in units of log 2, and total.
-        """
-        factor, keys = self.sizes.scale * LOG2_E, logits.shape[1]
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * factor)
-        decay = jnp.exp2(peak - new_peak)
-        base = lax.broadcast_in_dim(new_peak, logits.shape, [0])
-        weights = jnp.exp2(logits * factor - base)
-        # A thread adds up its own columns; the last of an item's steps is followed by
-        # the sum over threads.
-        columns = [weights[:, i : i + PARTIAL] for i in range(0, keys, PARTIAL)]
-        decays = lax.broadcast_in_dim(decay, total.shape, [0])
-        total = total * decays + functools.reduce(operator.add, columns)
-        return decay, weights, new_peak, total
-
-    def _write(self, item, slot, attended, peak, total):
-        """Writes an item's results, the output from where its queries were."""
-        total = jnp.sum(total, axis=1)
-        # Nothing was seen: 0 of 1, and minus infinity.
-        seen = total > 0
-        divisor = jnp.where(seen, total, jnp.ones_like(total))
-        attended *= lax.broadcast_in_dim(1 / divisor, attended.shape, [0])
-        rows_of_tile = self.memory.query.at[slot, self.me]
-        rows_of_tile[...] = attended.astype(self.out.dtype)
-        plgpu.commit_smem()
-        for part, rows, exists in stretches(self.out, item, self.tile, self.sizes):
-
-            def copy(part=part, rows=rows):
-                plgpu.copy_smem_to_gmem(rows_of_tile.at[rows], part)
-
-            copy() if exists is True else pl.when(exists)(copy)
-        lse = jnp.where(seen, peak / LOG2_E + jnp.log(divisor), -jnp.inf)
-        row = (item.tile * self.sizes.tiles + self.tile) * ROWS
-        _mosaic.store(self.lse.at[item.batch, item.kv_head, pl.ds(row, ROWS)], lse)
-
-    def _release_query(self, i):
-        """Lets the producer overwrite what `_write` copies from."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        plgpu.barrier_arrive(self.memory.query_empty.at[div_rem(i, QUERY_SLOTS)[1]])
-
-
-def _filled(value, shape, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

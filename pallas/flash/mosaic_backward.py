@@ -15,7 +15,6 @@ R = T G rows of a kv head.
 """
 
 import dataclasses
-import math
 
 import jax
 import jax.experimental.pallas as pl
@@ -24,8 +23,7 @@ import numpy as np
 from jax import lax
 
 from jattn.pallas import _mosaic, _softmax
-
-LOG2_E = math.log2(math.e)
+from jattn.pallas._softmax import LOG2_E
 
 CONSUMERS = 2
 

@@ -24,6 +24,7 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import MATRIX
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.flash import mosaic_backward as shared
 from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, ROWS
 
@@ -401,7 +402,7 @@ class _Consumer:
             shift = self._per_row(slot, 0)
             if seen is not None:
                 logits = jnp.where(seen, logits, -jnp.inf)
-            return jnp.exp2(logits * (self.sizes.scale * shared.LOG2_E) - shift)
+            return jnp.exp2(logits * (self.sizes.scale * LOG2_E) - shift)
 
         def differentiate(weights, gradient):
             return weights * (gradient - self._per_row(slot, 1))

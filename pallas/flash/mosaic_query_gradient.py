@@ -25,6 +25,7 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import MATRIX
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.flash import mosaic_backward as shared
 from jattn.pallas.flash.mosaic_backward import ALIGNMENT, CONSUMERS, KEYS, ROWS
 
@@ -395,7 +396,7 @@ class _Consumer:
             if seen is not None:
                 logits = jnp.where(seen, logits, -jnp.inf)
             base = lax.broadcast_in_dim(shift, logits.shape, [0])
-            return jnp.exp2(logits * (self.sizes.scale * shared.LOG2_E) - base)
+            return jnp.exp2(logits * (self.sizes.scale * LOG2_E) - base)
 
         def differentiate(weights, gradient):
             base = lax.broadcast_in_dim(delta, gradient.shape, [0])

@@ -17,7 +17,6 @@ V value width, U units of work of one kv head.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -26,6 +25,7 @@ import numpy as np
 import triton
 
 from jattn.pallas import _device, _mosaic, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.flash import (
     kernels,
     mosaic,
@@ -35,8 +35,6 @@ from jattn.pallas.flash import (
     unsupported_mosaic_forward,
 )
 from jattn.pallas.flash.units import Visibility, add_units, split_rows
-
-LOG2_E = math.log2(math.e)
 
 # Of an H100 or H200.
 MULTIPROCESSORS = 132

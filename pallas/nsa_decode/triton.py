@@ -21,7 +21,6 @@ tiles of compressed tokens cover.
 """
 
 import dataclasses
-import math
 from typing import Any
 
 import jax
@@ -29,9 +28,8 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.nsa_decode import kernels
-
-LOG2_E = math.log2(math.e)
 
 # A head's parts are added up in one tile.
 MAX_PARTS = 64

@@ -12,7 +12,6 @@ a chunk, P planes of W scores.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,9 +20,9 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _device, _steps, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.selection import ROWS, kernels, mosaic, unsupported_mosaic
-
-LOG2_E = math.log2(math.e)
+from jattn.pallas.selection.mosaic_items import MAX_CELLS, tile_blocks
 
 # Query heads of a kv head up to which its scores have one plane.
 MAX_JOINED = 1
@@ -161,9 +160,9 @@ def _mosaic_scores(
         return None
     before = kernel_size // stride - 1
     # Few heads share a list's scores: to write them in one plane is worth some more.
-    is_joined = n // kv_heads <= MAX_JOINED and cells + before <= mosaic.MAX_CELLS
+    is_joined = n // kv_heads <= MAX_JOINED and cells + before <= MAX_CELLS
     planes = 1 if before == 0 or is_joined else 2
-    width = mosaic.tile_blocks(cells, before if is_joined else 0)
+    width = tile_blocks(cells, before if is_joined else 0)
     width = _multiple(triton.cdiv(length, block_size), width)
     if ROWS * _bytes_per_query(b, kv_heads, planes, width) > SCORE_BYTES:
         return None

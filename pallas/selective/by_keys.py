@@ -13,11 +13,11 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _mosaic, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.selective import attention, mask, mosaic_key_gradient, selection
 from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import (
-    LOG2_E,
     Tiling,
     Work,
     chunks_of,

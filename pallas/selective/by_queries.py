@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.pallas import _mosaic, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.selective import (
     attention,
     mosaic,
@@ -17,7 +18,6 @@ from jattn.pallas.selective import (
 from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import (
-    LOG2_E,
     Work,
     chunks_of,
     firsts,

@@ -14,8 +14,9 @@ import triton
 import triton.language as tl
 
 from jattn.pallas import _softmax, _triton
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas._tiles import _load_rows
-from jattn.pallas.selective.work import LOG2_E, padded
+from jattn.pallas.selective.work import padded
 
 # Tokens of a program.
 TOKENS = 64

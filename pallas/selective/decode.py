@@ -13,7 +13,6 @@ parts.
 # pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -21,9 +20,9 @@ import triton
 import triton.language as tl
 
 from jattn.pallas import _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas._tiles import _load_rows, _store_rows
 
-LOG2_E = math.log2(math.e)
 LN_2 = tl.constexpr(0.6931471805599453)
 
 # A row's parts are few, so that adding them up costs little.

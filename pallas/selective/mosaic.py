@@ -23,8 +23,6 @@ CHUNK queries of one call.
 
 import dataclasses
 import functools
-import math
-import operator
 from typing import Any
 
 import jax
@@ -34,46 +32,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.pallas import _device, _mosaic
-from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
+from jattn.pallas._mosaic import div_rem
 from jattn.pallas.selective import mosaic_fragments as fragments
-from jattn.pallas.selective.mosaic_items import (
-    CONSUMERS,
-    ROWS,
-    Schedule,
-    Sizes,
-    place,
-)
-
-LOG2_E = math.log2(math.e)
-
-# Columns of the partial sums of a row's weights.
-PARTIAL = 8
-
-# The axis of the thread blocks that share the bias.
-CLUSTER = "cluster"
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How the kernel is cut up: speed, never results.
-
-    Attributes:
-      heads: Heads of a thread block, 1 or 2, of one kv head.
-      cluster: Thread blocks that share the bias, 1, 2 or 4.
-      keys: Keys of a step, 64 or 128.
-      query_slots: Tiles of queries of a consumer, 1 or 2.
-      slots: Slots of the ring of keys and values, at least 3.
-      bias_slots: Slots of the ring of the bias, at least 2.
-      programs: Thread blocks.
-    """
-
-    heads: int
-    cluster: int
-    keys: int
-    query_slots: int
-    slots: int
-    bias_slots: int
-    programs: int
+from jattn.pallas.selective.mosaic_consumer import Consumer
+from jattn.pallas.selective.mosaic_items import CONSUMERS, ROWS, Schedule, Sizes, place
+from jattn.pallas.selective.mosaic_memory import CLUSTER, Memory, Tiling, memory_types
 
 
 def tiling(width: int, heads: int, group: int) -> Tiling:
@@ -161,7 +124,7 @@ def forward(
             jax.ShapeDtypeStruct((batch, chunk, heads, width), value.dtype),
             jax.ShapeDtypeStruct((batch, heads, chunk), jnp.float32),
         ],
-        memory=_memory_types(tiling, sizes, query.dtype),
+        memory=memory_types(tiling, sizes, query.dtype),
         grid={"program": clusters},
         consumers=CONSUMERS,
         name="selective_forward",
@@ -170,77 +133,10 @@ def forward(
     return out, lse
 
 
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-    """References to shared memory and to the barriers that guard it.
-
-    Attributes:
-      query: [query_slots, CONSUMERS, ROWS, H].
-      ring: [slots, keys, H], keys and values.
-      bias: fp32 [bias_slots, queries of an item / 16, keys / 8, NUMBERS], in fragments.
-      weights: [CONSUMERS, ROWS, keys], P in the interpreter, else None.
-      query_full: Of each slot.
-      query_empty: Of each slot.
-      ring_full: Of each slot.
-      ring_empty: Of each slot, in all thread blocks that share keys and values.
-      bias_full: Of each slot.
-      bias_empty: Of each slot, in all thread blocks of the cluster.
-    """
-
-    query: Any
-    ring: Any
-    bias: Any
-    weights: Any
-    query_full: Any
-    query_empty: Any
-    ring_full: Any
-    ring_empty: Any
-    bias_full: Any
-    bias_empty: Any
-
-    def empty(self, tiling: Tiling):
-        """Barriers of empty slots, and how many of them."""
-        return (
-            (self.query_empty, tiling.query_slots),
-            (self.ring_empty, tiling.slots),
-            (self.bias_empty, tiling.bias_slots),
-        )
-
-
-def _memory_types(tiling: Tiling, sizes: Sizes, dtype: Any) -> dict[str, Any]:
-    """The types of _Memory's attributes."""
-    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
-
-    def full(slots, copies):
-        return plgpu.Barrier(num_barriers=slots, num_arrivals=copies)
-
-    def empty(slots, shared):
-        if not shared:
-            return plgpu.Barrier(num_barriers=slots, num_arrivals=CONSUMERS)
-        return plgpu.ClusterBarrier(
-            collective_axes=(CLUSTER,), num_barriers=slots, num_arrivals=CONSUMERS
-        )
-
-    return {
-        "query": matrix(tiling.query_slots, CONSUMERS, ROWS, sizes.width),
-        "ring": matrix(tiling.slots, tiling.keys, sizes.width),
-        "bias": plgpu.SMEM((tiling.bias_slots, *sizes.bias_shape), jnp.float32),
-        "weights": matrix(CONSUMERS, ROWS, tiling.keys)
-        if _mosaic.interpretation()
-        else None,
-        "query_full": full(tiling.query_slots, CONSUMERS),
-        "query_empty": empty(tiling.query_slots, shared=False),
-        "ring_full": full(tiling.slots, 1),
-        "ring_empty": empty(tiling.slots, shared=sizes.keys_shared),
-        "bias_full": full(tiling.bias_slots, 1),
-        "bias_empty": empty(tiling.bias_slots, shared=sizes.cluster > 1),
-    }
-
-
 def _kernel(*refs, sizes: Sizes, tiling: Tiling, clusters: int, **memory):
     """A thread block."""
     query, key, value, bias, region, *live, out, lse = refs
-    memory = _Memory(**memory)
+    memory = Memory(**memory)
     warpgroup = lax.axis_index("warpgroup")
     rank = lax.axis_index(CLUSTER) if sizes.cluster > 1 else jnp.int32(0)
     cluster = lax.axis_index("program")
@@ -256,7 +152,7 @@ def _kernel(*refs, sizes: Sizes, tiling: Tiling, clusters: int, **memory):
     @pl.when((warpgroup < CONSUMERS) & (rounds > 0))
     def _():
         plgpu.set_max_registers(240, action="increase")
-        consumer = _Consumer(warpgroup, rank, out, lse, schedule, memory, sizes, tiling)
+        consumer = Consumer(warpgroup, rank, out, lse, schedule, memory, sizes, tiling)
         consumer.run(rounds)
 
 
@@ -270,7 +166,7 @@ class _Producer:
     bias: Any
     rank: jax.Array
     schedule: Schedule
-    memory: _Memory
+    memory: Memory
     sizes: Sizes
     tiling: Tiling
 
@@ -362,246 +258,3 @@ class _Producer:
             collective_axes=CLUSTER if sizes.cluster > 1 else None,
         )
         return _mosaic.following(slot, self.tiling.bias_slots)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Consumer:
-    """Attends from its tiles of queries.
-
-    Attributes:
-      me: Which of the thread block's consumers.
-      rank: Which of the cluster's thread blocks.
-      out: [B, CHUNK, N, H].
-      lse: [B, N, CHUNK].
-      schedule: Items.
-      memory: Shared memory and barriers.
-      sizes: Those of the arguments.
-      tiling: Tile sizes.
-    """
-
-    me: jax.Array
-    rank: jax.Array
-    out: Any
-    lse: Any
-    schedule: Schedule
-    memory: _Memory
-    sizes: Sizes
-    tiling: Tiling
-
-    def run(self, rounds):
-        """Writes the output of as many items."""
-        memory, item = self.memory, self.schedule.item(0)
-        for barriers, slots in memory.empty(self.tiling):
-            for slot in range(slots):
-                plgpu.barrier_arrive(barriers.at[slot])
-        plgpu.barrier_wait(memory.query_full.at[0])
-        plgpu.barrier_wait(memory.ring_full.at[0])
-        plgpu.barrier_wait(memory.bias_full.at[0])
-
-        def multiply_keys(logits):
-            plgpu.wgmma(logits, memory.query.at[0, self.me], self._keys(0))
-            return logits[...]
-
-        logits = pl.run_scoped(multiply_keys, self._accumulator(self.sizes.step))
-        logits += self._bias(0)
-        self._release(0, 0)
-        pl.when(item.steps == 1)(lambda: self._release_query(0))
-        logits = self._mask(logits, item, 0)
-        _, weights, *softmax = self._softmax(logits, *self._nothing())
-        weights = weights.astype(memory.ring.dtype)
-        one = jnp.int32(1)
-
-        def attend_item(i, carry):
-            item, *carry = carry
-            # Part of it may have to come from global memory, which takes a while.
-            following = self.schedule.item(i + 1)
-            carry = self._attend_item(i, item, following, i + 1 < rounds, carry)
-            return following, *carry
-
-        carry = item, one, one, weights, *softmax
-        lax.fori_loop(0, rounds, attend_item, carry)
-
-    def _attend_item(self, i, item, following, goes_on, carry):
-        """Writes an item's output and begins the following one."""
-        memory = self.memory
-        slot, bias_slot, *softmax = carry
-        query_slot = div_rem(i, self.tiling.query_slots)[1]
-        attended = _filled(0, (ROWS, self.sizes.width), MATRIX)
-
-        def attend_step(step, carry, masked):
-            key_slot, bias_slot, attended, weights, *softmax = carry
-            value_slot = _mosaic.following(key_slot, self.tiling.slots)
-            plgpu.barrier_wait(memory.bias_full.at[bias_slot])
-            plgpu.barrier_wait(memory.ring_full.at[key_slot])
-
-            def release():
-                self._release(key_slot, bias_slot)
-                is_last = step == item.steps - 1
-                pl.when(is_last)(lambda: self._release_query(query_slot))
-
-            def next_softmax(logits):
-                if masked:
-                    logits = self._mask(logits, item, step)
-                return self._softmax(logits, *softmax)
-
-            slots = query_slot, key_slot, value_slot, bias_slot
-            decay, *softmax, attended = self._multiply(
-                slots, weights, attended, next_softmax, release
-            )
-            attended *= lax.broadcast_in_dim(decay, attended.shape, [0])
-            bias_slot = _mosaic.following(bias_slot, self.tiling.bias_slots)
-            slot = _mosaic.following(value_slot, self.tiling.slots)
-            return slot, bias_slot, attended, *softmax
-
-        carry = slot, bias_slot, attended, *softmax
-        for first, end, is_masked in (
-            (1, item.masked, True),
-            (item.masked, item.steps, False),
-        ):
-            step = functools.partial(attend_step, masked=is_masked)
-            carry = lax.fori_loop(first, end, step, carry)
-        slot, bias_slot, attended, weights, peak, total = carry
-
-        # After the last item, logits are computed from what there is, for nobody.
-        count = self.tiling.slots
-        key_slot = jnp.where(goes_on, slot, jnp.where(slot == 0, count, slot) - 1)
-        value_slot = jnp.where(goes_on, _mosaic.following(slot, count), slot)
-        next_slot = div_rem(i + 1, self.tiling.query_slots)[1]
-        query_slot = jnp.where(goes_on, next_slot, query_slot)
-
-        @pl.when(goes_on)
-        def _():
-            plgpu.barrier_wait(memory.query_full.at[query_slot])
-            plgpu.barrier_wait(memory.bias_full.at[bias_slot])
-            plgpu.barrier_wait(memory.ring_full.at[key_slot])
-
-        def release():
-            pl.when(goes_on)(lambda: self._release(key_slot, bias_slot))
-            is_last = goes_on & (following.steps == 1)
-            pl.when(is_last)(lambda: self._release_query(query_slot))
-
-        def first_softmax(logits):
-            return self._softmax(self._mask(logits, following, 0), *self._nothing())
-
-        slots = query_slot, key_slot, value_slot, bias_slot
-        _, *softmax, attended = self._multiply(
-            slots, weights, attended, first_softmax, release
-        )
-        self._write(item, attended, peak, total)
-        bias_slot = _mosaic.following(bias_slot, self.tiling.bias_slots)
-        return _mosaic.following(value_slot, count), bias_slot, *softmax
-
-    def _multiply(self, slots, weights, attended, get_softmax, release):
-        """Multiplies query and keys, and adds the product of weights and values.
-
-        Returns what get_softmax returns for the former with the bias, and the latter.
-        Calls release, which branches, between the products.
-        """
-        memory = self.memory
-        query_slot, key_slot, value_slot, bias_slot = slots
-        interpreted = memory.weights is not None
-        if interpreted:
-            staged = memory.weights.at[self.me]
-            staged[...] = weights
-            plgpu.commit_smem()
-            weights = staged
-
-        def multiply(logits, update):
-            if not interpreted:
-                # Added afterwards, it would take registers of its own.
-                logits[...] = self._bias(bias_slot)
-                update[...] = attended
-            plgpu.barrier_wait(memory.ring_full.at[value_slot])
-            query = memory.query.at[query_slot, self.me]
-            plgpu.wgmma(logits, query, self._keys(key_slot))
-            plgpu.wgmma(update, weights, memory.ring.at[value_slot])
-            logits = plgpu.wgmma_accumulator_load(logits, wait_n=1)
-            if interpreted:
-                logits += self._bias(bias_slot)
-            # Branches, which no instruction crosses. After the softmax it would keep
-            # the wait for the second product there, which is slower.
-            release()
-            softmax = get_softmax(logits)
-            result = update[...]
-            plgpu.barrier_arrive(memory.ring_empty.at[value_slot])
-            return softmax, result
-
-        (decay, weights, peak, total), result = pl.run_scoped(
-            multiply,
-            self._accumulator(self.sizes.step),
-            self._accumulator(self.sizes.width),
-        )
-        if interpreted:
-            result += attended
-        # The registers of the weights that are being multiplied must not change before.
-        weights, result = lax.optimization_barrier((weights, result))
-        return decay, weights.astype(memory.ring.dtype), peak, total, result
-
-    def _release(self, key_slot, bias_slot):
-        """Lets the producer overwrite keys and bias, which have become logits."""
-        # The next copy must not overtake the loads from shared memory.
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(self.memory.ring_empty.at[key_slot])
-        plgpu.barrier_arrive(self.memory.bias_empty.at[bias_slot])
-
-    def _bias(self, slot):
-        """The consumer's rows of the bias in a slot."""
-        rows = ROWS // fragments.ROWS
-        tile = div_rem(self.me, self.sizes.members)[0]
-        bias = self.memory.bias.at[slot, pl.ds(tile * rows, rows)]
-        return fragments.load(bias, self.sizes.step)
-
-    def _keys(self, slot):
-        return self.memory.ring.at[slot].transpose((1, 0))
-
-    def _accumulator(self, columns):
-        return plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
-
-    def _nothing(self):
-        """Peak and total of a softmax over nothing."""
-        return _filled(LOWEST, (ROWS,), COLUMN), _filled(0, (ROWS, PARTIAL), MATRIX)
-
-    def _mask(self, logits, item, step):
-        """Replaces logits of keys in the future by minus infinity."""
-        # Of the consumer's first query, relative to the first key.
-        position = item.position + div_rem(self.me, self.sizes.members)[0] * ROWS
-        position -= item.masked_tile(step) * self.sizes.step
-        row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=MATRIX)
-        column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
-        return jnp.where(column - row <= position, logits, -jnp.inf)
-
-    def _softmax(self, logits, peak, total):
-        """Adds logits to a softmax.
-
-        Returns what this multiplies earlier results by, the logits' weights, and the
-        new peak, in units of log 2, and total.
-        """
-        factor, keys = self.sizes.scale * LOG2_E, logits.shape[1]
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * factor)
-        decay = jnp.exp2(peak - new_peak)
-        base = lax.broadcast_in_dim(new_peak, logits.shape, [0])
-        weights = jnp.exp2(logits * factor - base)
-        # A thread adds up its own columns; the last of an item's steps is followed by
-        # the sum over threads.
-        columns = [weights[:, i : i + PARTIAL] for i in range(0, keys, PARTIAL)]
-        decays = lax.broadcast_in_dim(decay, total.shape, [0])
-        total = total * decays + functools.reduce(operator.add, columns)
-        return decay, weights, new_peak, total
-
-    def _write(self, item, attended, peak, total):
-        """Writes an item's results. Every query sees itself."""
-        total = jnp.sum(total, axis=1)
-        attended *= lax.broadcast_in_dim(1 / total, attended.shape, [0])
-        head, token = place(item, self.rank, self.me, self.sizes)
-        rows = pl.ds(token, ROWS)
-        out = attended.astype(self.out.dtype)
-        _mosaic.store(self.out.at[item.batch, rows, head], out)
-        lse = peak / LOG2_E + jnp.log(total)
-        _mosaic.store(self.lse.at[item.batch, head, rows], lse)
-
-    def _release_query(self, slot):
-        plgpu.barrier_arrive(self.memory.query_empty.at[slot])
-
-
-def _filled(value, shape, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

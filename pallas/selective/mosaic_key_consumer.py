@@ -16,13 +16,10 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import MATRIX
-from jattn.pallas.flash.mosaic_backward import KEYS, LOG2_E
+from jattn.pallas._softmax import LOG2_E
+from jattn.pallas.flash.mosaic_backward import KEYS
 from jattn.pallas.selective import mosaic_fragments as fragments
-from jattn.pallas.selective.mosaic_key_items import (
-    Memory,
-    Sizes,
-    Unit,
-)
+from jattn.pallas.selective.mosaic_key_items import Memory, Sizes, Unit
 
 # How a consumer's threads share a number per key, and one per row.
 BY_KEY = MATRIX.reduce(1)

@@ -22,38 +22,21 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jattn.pallas import _device, _mosaic
-from jattn.pallas._mosaic import MATRIX
-from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, LOG2_E, ROWS
+from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS, ROWS
 from jattn.pallas.selective import mosaic_fragments as fragments
-
-# How a consumer's threads share a number per row.
-BY_ROW = MATRIX.reduce(1)
-
-
-@dataclasses.dataclass(frozen=True)
-class Tiling:
-    """How the kernel is cut up: speed, never results.
-
-    Attributes:
-      pack: Query heads of a kv head in a thread block; 1, 2 or 4.
-      kv_heads: Kv heads of a thread block, 1 or 2.
-      slots: Tiles of keys in flight.
-      programs: Thread blocks.
-    """
-
-    pack: int
-    kv_heads: int
-    slots: int
-    programs: int
-
-    @property
-    def members(self) -> int:
-        """Query heads of a thread block, M."""
-        return self.pack * self.kv_heads
+from jattn.pallas.selective.mosaic_query_consumer import Consumer
+from jattn.pallas.selective.mosaic_query_items import (
+    Item,
+    Memory,
+    Sizes,
+    Tiling,
+    for_members,
+    item_of,
+    memory_types,
+)
 
 
 def tiling(width: int, heads: int, group: int) -> Tiling:
@@ -122,7 +105,7 @@ def query_gradient(
         raise ValueError(f"{tiling} does not fit {group} query heads of a kv head")
     item_tokens = CONSUMERS * ROWS // tiling.pack
     parts = heads // tiling.members
-    sizes = _Sizes(
+    sizes = Sizes(
         queries=queries,
         offset=offset,
         batch=batch,
@@ -150,7 +133,7 @@ def query_gradient(
         functools.partial(_kernel, sizes=sizes),
         *operands,
         outputs=[jax.ShapeDtypeStruct(shape, query.dtype)],
-        memory=_memory_types(sizes, query.dtype),
+        memory=memory_types(sizes, query.dtype),
         grid={"program": min(tiling.programs, sizes.items)},
         consumers=CONSUMERS,
         name="selective_query_gradient",
@@ -158,181 +141,16 @@ def query_gradient(
     return gradient
 
 
-@dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """What the kernel knows of its arguments when it is compiled.
-
-    Attributes:
-      queries: T.
-      offset: Position of the first query.
-      batch: B.
-      parts: N / M.
-      group: Query heads of a kv head.
-      tiles: Items of work of one row of the batch and one part.
-      block: Queries that share a list of tiles of keys.
-      width: Of keys and values.
-      scale: Factor of the logits.
-      tiling: Tile sizes.
-    """
-
-    queries: int
-    offset: int
-    batch: int
-    parts: int
-    group: int
-    tiles: int
-    block: int
-    width: int
-    scale: float
-    tiling: Tiling
-
-    @property
-    def tokens(self) -> int:
-        """Tokens of a consumer."""
-        return ROWS // self.tiling.pack
-
-    @property
-    def item_tokens(self) -> int:
-        """Tokens of an item of work."""
-        return CONSUMERS * self.tokens
-
-    @property
-    def items(self) -> int:
-        """Items of work."""
-        return self.tiles * self.parts * self.batch
-
-
-@dataclasses.dataclass(frozen=True)
-class _Memory:
-    """References to shared memory and to the barriers that guard it.
-
-    Attributes:
-      query: [CONSUMERS, kv heads, ROWS, H].
-      out_gradient: [CONSUMERS, kv heads, ROWS, H].
-      statistics: fp32 [CONSUMERS, kv heads, 2, ROWS].
-      key: [slots, kv heads, KEYS, H].
-      value: [slots, kv heads, KEYS, H].
-      bias: fp32 [slots, CONSUMERS TOKENS, KEYS], in fragments.
-      result: [CONSUMERS, kv heads, ROWS, H].
-      weights: [CONSUMERS, ROWS, KEYS], dS in the interpreter, else None.
-      rows_full: The rows have been loaded.
-      rows_empty: The consumers have them in registers.
-      full: Of each slot.
-      empty: Of each slot.
-    """
-
-    query: Any
-    out_gradient: Any
-    statistics: Any
-    key: Any
-    value: Any
-    bias: Any
-    result: Any
-    weights: Any
-    rows_full: Any
-    rows_empty: Any
-    full: Any
-    empty: Any
-
-
-def _memory_types(sizes: _Sizes, dtype: Any) -> dict[str, Any]:
-    """The types of _Memory's attributes."""
-    matrix = functools.partial(_mosaic.matrix, dtype=dtype)
-    kv_heads, slots = sizes.tiling.kv_heads, sizes.tiling.slots
-    rows = matrix(CONSUMERS, kv_heads, ROWS, sizes.width)
-    keys = matrix(slots, kv_heads, KEYS, sizes.width)
-    bias = (
-        slots,
-        sizes.item_tokens // fragments.ROWS,
-        KEYS // fragments.COLUMNS,
-        fragments.NUMBERS,
-    )
-    return {
-        "query": rows,
-        "out_gradient": rows,
-        "statistics": plgpu.SMEM((CONSUMERS, kv_heads, 2, ROWS), jnp.float32),
-        "key": keys,
-        "value": keys,
-        "bias": plgpu.SMEM(bias, jnp.float32),
-        "result": rows,
-        "weights": matrix(CONSUMERS, ROWS, KEYS) if _mosaic.interpretation() else None,
-        "rows_full": _mosaic.barriers(
-            CONSUMERS, (2 * sizes.tiling.pack + 1) * kv_heads
-        ),
-        "rows_empty": _mosaic.barriers(CONSUMERS, 1),
-        "full": _mosaic.barriers(slots, 2 * kv_heads + 1),
-        "empty": _mosaic.barriers(slots, CONSUMERS),
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class _Item:
-    """An item of work: adjacent tokens of the members of one part.
-
-    Attributes:
-      batch: Row of the batch.
-      part: Of the query heads.
-      chunk_token: First token, in the chunk.
-      first_token: The same, of all queries.
-      block: Of queries.
-      skipped: Tiles of keys in the past that are skipped.
-      whole: Tiles of keys not skipped and seen by all tokens.
-      steps: Tiles of keys not skipped and seen by any.
-    """
-
-    batch: jax.Array
-    part: jax.Array
-    chunk_token: jax.Array
-    first_token: jax.Array
-    block: jax.Array
-    skipped: Any
-    whole: jax.Array
-    steps: jax.Array
-
-
-def _item(index, region, live, sizes: _Sizes) -> _Item:
-    """The item of that index; late tokens, which see most keys, come first.
-
-    Those of the same tokens are neighbours: they read the same F.
-    """
-    # Found out where it is needed, rather than kept in registers all along.
-    index = lax.optimization_barrier(index)
-    index, part = _mosaic.div_rem(index, sizes.parts)
-    index, batch = _mosaic.div_rem(index, sizes.batch)
-    chunk_token = (sizes.tiles - 1 - index) * sizes.item_tokens
-    first_token = region[0] + chunk_token
-    whole = _mosaic.div_rem(first_token + (sizes.offset + 1), KEYS)[0]
-    end = jnp.minimum(first_token + sizes.item_tokens, sizes.queries) + sizes.offset
-    end = _mosaic.ceil_div(end, KEYS)
-    block, skipped = jnp.int32(0), 0
-    if live:
-        tiles, counts = live
-        block = _mosaic.div_rem(first_token, sizes.block)[0]
-        block = jnp.minimum(block, counts.shape[1] - 1)
-        skipped = tiles.shape[2] - counts[batch, block]
-    end = jnp.where(first_token < sizes.queries, end - skipped, 0)
-    return _Item(
-        batch=batch,
-        part=part,
-        chunk_token=chunk_token,
-        first_token=first_token,
-        block=block,
-        skipped=skipped,
-        whole=jnp.minimum(whole - skipped, end),
-        steps=end,
-    )
-
-
-def _kernel(*refs, sizes: _Sizes, **memory):
+def _kernel(*refs, sizes: Sizes, **memory):
     """A thread block: items program, program + programs, and so on."""
     query, key, value, bias, statistics, out_gradient, region, *live, gradient = refs
-    memory = _Memory(**memory)
+    memory = Memory(**memory)
     warpgroup, program = lax.axis_index("warpgroup"), lax.axis_index("program")
     programs = lax.axis_size("program")
     rounds = _mosaic.ceil_div(sizes.items - program, programs)
 
     def item(i):
-        return _item(program + i * programs, region, live, sizes)
+        return item_of(program + i * programs, region, live, sizes)
 
     @pl.when(warpgroup == CONSUMERS)
     def _():
@@ -348,21 +166,10 @@ def _kernel(*refs, sizes: _Sizes, **memory):
     @pl.when(warpgroup < CONSUMERS)
     def _():
         plgpu.set_max_registers(240, action="increase")
-        consumer = _Consumer(warpgroup, gradient, memory, sizes)
+        consumer = Consumer(warpgroup, gradient, memory, sizes)
         consumer.start()
         lax.fori_loop(0, rounds, functools.partial(consumer.attend, item), jnp.int32(0))
         plgpu.wait_smem_to_gmem(0)
-
-
-def _for_members(sizes: _Sizes, function) -> None:
-    """Calls a function with each member, its kv head, and its rows of a tile."""
-
-    # Unrolled, it would take more registers than a producer has.
-    @pl.loop(np.int32(0), np.int32(sizes.tiling.members))
-    def _(member):
-        kv_head, i = _mosaic.div_rem(member, sizes.tiling.pack)
-        first = pl.multiple_of(i * sizes.tokens, sizes.tokens)
-        function(member, kv_head, pl.ds(first, sizes.tokens))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -376,10 +183,10 @@ class _Producer:
     bias: Any
     statistics: Any
     live: Any
-    memory: _Memory
-    sizes: _Sizes
+    memory: Memory
+    sizes: Sizes
 
-    def load(self, item: _Item, slot):
+    def load(self, item: Item, slot):
         """Loads an item's rows and keys, and returns the next slot."""
         memory, sizes = self.memory, self.sizes
         for consumer in range(CONSUMERS):
@@ -402,7 +209,7 @@ class _Producer:
                         full,
                     )
 
-            _for_members(sizes, load_member)
+            for_members(sizes, load_member)
             rows = pl.ds(pl.multiple_of(first * sizes.tiling.pack, ROWS), ROWS)
             for i in range(sizes.tiling.kv_heads):
                 part = item.part * sizes.tiling.kv_heads + i
@@ -451,144 +258,3 @@ class _Producer:
             plgpu.barrier_wait(self.memory.rows_empty.at[consumer])
         for slot in range(self.sizes.tiling.slots):
             plgpu.barrier_wait(self.memory.empty.at[slot])
-
-
-@dataclasses.dataclass(frozen=True)
-class _Consumer:
-    """Adds up the gradient of its tiles of rows.
-
-    Attributes:
-      me: Which of the consumers.
-      target: Where the gradient goes.
-      memory: Shared memory and barriers.
-      sizes: Those of the arguments.
-    """
-
-    me: jax.Array
-    target: Any
-    memory: _Memory
-    sizes: _Sizes
-
-    def start(self):
-        """Declares all memory empty."""
-        plgpu.barrier_arrive(self.memory.rows_empty.at[self.me])
-        for slot in range(self.sizes.tiling.slots):
-            plgpu.barrier_arrive(self.memory.empty.at[slot])
-
-    def attend(self, get_item, index, slot):
-        """Writes the gradient of an item's rows, and returns the next slot."""
-        memory, sizes, me = self.memory, self.sizes, self.me
-        item = get_item(index)
-        plgpu.barrier_wait(memory.rows_full.at[me])
-        kv_heads = range(sizes.tiling.kv_heads)
-        rows = [
-            [
-                plgpu.load(x.at[me, i], layout=MATRIX)
-                for x in (memory.query, memory.out_gradient)
-            ]
-            for i in kv_heads
-        ]
-        per_row = [
-            [
-                plgpu.load(memory.statistics.at[me, i, j], layout=BY_ROW)
-                for j in range(2)
-            ]
-            for i in kv_heads
-        ]
-        if memory.weights is None:
-            # The next copy to these must not overtake the loads from them.
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(memory.rows_empty.at[me])
-
-        def attend_step(step, carry, edge):
-            slot, totals = carry
-            plgpu.barrier_wait(memory.full.at[slot])
-            seen = self._seen(item, step) if edge else None
-            totals = tuple(
-                self._attend_step(slot, i, rows[i], per_row[i], totals[i], seen)
-                for i in kv_heads
-            )
-            plgpu.barrier_arrive(memory.empty.at[slot])
-            return _mosaic.following(slot, sizes.tiling.slots), totals
-
-        carry = slot, tuple(_mosaic.zeros((ROWS, sizes.width)) for _ in kv_heads)
-        plain, edge = (functools.partial(attend_step, edge=x) for x in (False, True))
-        carry = lax.fori_loop(0, item.whole, plain, carry)
-        slot, totals = lax.fori_loop(item.whole, item.steps, edge, carry)
-        if memory.weights is not None:
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(memory.rows_empty.at[me])
-
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        for i in kv_heads:
-            tile = memory.result.at[me, i]
-            tile[...] = (totals[i] * sizes.scale).astype(tile.dtype)
-        plgpu.commit_smem()
-        item = get_item(index)
-        first = pl.multiple_of(item.chunk_token + me * sizes.tokens, sizes.tokens)
-
-        def store_member(member, kv_head, rows):
-            head = item.part * sizes.tiling.members + member
-            target = self.target.at[item.batch, pl.ds(first, sizes.tokens), head]
-            plgpu.copy_smem_to_gmem(memory.result.at[me, kv_head, rows], target)
-
-        _for_members(sizes, store_member)
-        return slot
-
-    def _seen(self, item: _Item, step):
-        """Which keys of a step each row sees; its tile is not in the past."""
-        tokens = self.sizes.tokens
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=BY_ROW)
-        first_key = (step + item.skipped) * KEYS
-        first = item.first_token + self.me * tokens + self.sizes.offset - first_key
-        last = (row & (tokens - 1)) + first
-        column = plgpu.broadcasted_iota(jnp.int32, (ROWS, KEYS), 1, layout=MATRIX)
-        return column <= lax.broadcast_in_dim(last, column.shape, [0])
-
-    def _attend_step(self, slot, kv_head, rows, per_row, total, seen):
-        """Adds what a step contributes in one kv head."""
-        memory, sizes = self.memory, self.sizes
-        high = sizes.tokens // fragments.ROWS
-        first = pl.multiple_of(self.me * high, high)
-        bias = fragments.load(memory.bias.at[slot, pl.ds(first, high)], KEYS)
-
-        # Made where they are used: a constant index must not enter run_state from
-        # outside.
-        def key():
-            return memory.key.at[slot, kv_head]
-
-        def value():
-            return memory.value.at[slot, kv_head]
-
-        def by_row(which):
-            return lax.broadcast_in_dim(per_row[which], (ROWS, KEYS), [0])
-
-        def weigh(logits):
-            if seen is not None:
-                logits = jnp.where(seen, logits, -jnp.inf)
-            return jnp.exp2(logits * (sizes.scale * LOG2_E) - by_row(0))
-
-        if memory.weights is not None:
-            me = self.me
-            query = memory.query.at[me, kv_head]
-            logits = _mosaic.product(query, key().transpose((1, 0))) + bias
-            out_gradient = memory.out_gradient.at[me, kv_head]
-            gradient = _mosaic.product(out_gradient, value().transpose((1, 0)))
-            gradient = weigh(logits) * (gradient + by_row(1))
-            memory.weights[me] = gradient.astype(memory.key.dtype)
-            plgpu.commit_smem()
-            return total + _mosaic.product(memory.weights.at[me], key())
-
-        def multiply(references):
-            total, logits, gradient = references
-            plgpu.wgmma(logits, rows[0], key().transpose((1, 0)))
-            plgpu.wgmma(gradient, rows[1], value().transpose((1, 0)))
-            weights = weigh(plgpu.wgmma_accumulator_load(logits, wait_n=1))
-            gradient = weights * plgpu.wgmma_accumulator_load(gradient, wait_n=0)
-            plgpu.wgmma(total, gradient.astype(memory.key.dtype), key())
-
-        initial = total, bias, by_row(1)
-        total, _, _ = pl.run_state(multiply)(
-            tuple(plgpu.WGMMAAccumulatorRef.init(x) for x in initial)
-        )
-        return total

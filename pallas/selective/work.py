@@ -15,8 +15,6 @@ import triton
 from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas.selective import mask
 
-LOG2_E = math.log2(math.e)
-
 # Queries of one carry. Tiles of queries divide it, and so do tiles of keys.
 BLOCK = 128
 

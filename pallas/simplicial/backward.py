@@ -26,13 +26,12 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _softmax, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.simplicial import gradient_kernels
 from jattn.pallas.simplicial.tiles import (
     constants,
     tuning_shape,
 )
-
-LOG2_E = math.log2(math.e)
 
 # Bound on the partial gradients of one chunk of positions.
 PARTIAL_BYTES = 2**30

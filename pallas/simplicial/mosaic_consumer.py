@@ -5,7 +5,6 @@ Letters as in `jattn.pallas.simplicial.mosaic`.
 
 import dataclasses
 import functools
-import math
 from typing import Any
 
 import jax
@@ -17,11 +16,10 @@ from jax import lax
 
 from jattn.pallas import _mosaic
 from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.simplicial import ROWS
 from jattn.pallas.simplicial import mosaic_items as items
 from jattn.pallas.simplicial.mosaic_memory import CONSUMERS, FEW_SLOTS, Memory, Tiling
-
-LOG2_E = math.log2(math.e)
 
 # The products of a step: whose turn it is, is asked before each.
 LOGITS, VALUES = 0, 1
@@ -126,9 +124,9 @@ class Consumer:
 
         carry = (
             *slots,
-            _filled(0, (ROWS, width), MATRIX),
-            _filled(LOWEST, (ROWS,), COLUMN),
-            _filled(0, (ROWS,), COLUMN),
+            _mosaic.zeros((ROWS, width)),
+            _mosaic.filled(LOWEST, (ROWS,), COLUMN),
+            _mosaic.filled(0, (ROWS,), COLUMN),
         )
         turn = 0
         for end, hidden in self._turns(item, steps):
@@ -286,8 +284,8 @@ class Consumer:
             few_reach = reaches[0]
             handicap = jnp.where(
                 lax.broadcast(back, (ROWS,)) < few_reach,
-                _filled(0.0, (ROWS,), COLUMN),
-                _filled(LOWEST, (ROWS,), COLUMN),
+                _mosaic.filled(0.0, (ROWS,), COLUMN),
+                _mosaic.filled(LOWEST, (ROWS,), COLUMN),
             )
         back = jnp.minimum(back, item.few_reach - 1)
         row = tiling.few - 1 - (back - chunk * tiling.few)
@@ -450,7 +448,3 @@ class Consumer:
 
         # It is going to hold expanded queries again.
         self._meet()
-
-
-def _filled(value, shape, layout):
-    return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)

@@ -17,7 +17,6 @@ smaller window.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -26,14 +25,13 @@ import jax.numpy as jnp
 import triton
 
 from jattn.pallas import _device, _triton, tuning
+from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.simplicial import kernels
 from jattn.pallas.simplicial.backward import backward
 from jattn.pallas.simplicial.tiles import (
     constants,
     tuning_shape,
 )
-
-LOG2_E = math.log2(math.e)
 
 # Warps that keep a multiprocessor busy.
 WARPS = 8
