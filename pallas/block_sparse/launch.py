@@ -10,9 +10,14 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _device, _steps, _triton, tuning
+from jattn.pallas import _device, _mosaic, _steps, _triton, tuning
 from jattn.pallas._softmax import LOG2_E
-from jattn.pallas.block_sparse import kernels, mosaic, mosaic_backward
+from jattn.pallas.block_sparse import (
+    kernels,
+    mosaic,
+    mosaic_backward,
+    mosaic_chunk,
+)
 from jattn.pallas.block_sparse.pairs import (
     Units,
     kernel_block,
@@ -340,3 +345,23 @@ class Launch:
             **self.constants,
             **options,
         )
+
+    def mosaic_sizes(self) -> mosaic_chunk.Sizes:
+        """What Mosaic's kernels know of the arguments."""
+        rows, _, length, chunks = self.portions
+        return mosaic_chunk.Sizes(
+            queries=self.queries,
+            kv_heads=self.kv_heads,
+            slots=self.slots,
+            group=self.group,
+            width=self.key_constants["H"],
+            offset=self.keys - self.queries,
+            length=length,
+            chunks=chunks,
+            rows=rows,
+            scale_log2=self.scale_log2,
+        )
+
+    def whole_blocks(self, x: jax.Array) -> jax.Array:
+        """Keys or values [B, S, K, W], filled up to the end of the last block."""
+        return _mosaic.padded(x, 1, self.blocks * self.block)
