@@ -24,7 +24,6 @@ BLOCK_SLOTS = 3
 # Copies to global memory start at multiples of so many fp32 numbers.
 ALIGNMENT = 32
 
-
 # Adjacent queries that may share blocks.
 SHARERS = 64
 
