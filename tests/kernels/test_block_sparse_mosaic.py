@@ -9,7 +9,7 @@ import pytest
 
 from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.nsa import gated_sum
-from jattn.pallas import _mosaic, _triton, tuning
+from jattn.pallas import _mosaic, _triton
 from jattn.pallas.block_sparse import (
     mosaic,
     mosaic_chunk,
@@ -19,6 +19,7 @@ from jattn.pallas.block_sparse import (
 )
 from jattn.pallas.block_sparse import triton as kernel
 from jattn.pallas.block_sparse.launch import RowTiling
+from tests.kernels.block_sparse_mosaic import chosen, random_blocks
 from tests.support import normal, relative_rms
 
 # Thread blocks with several tiles each, and rings that go through all of their slots.
@@ -38,8 +39,7 @@ def inputs(t, s, k=1, g=16, n=2, h=64, shared=False, seed=0):
     """Query, key, value in fp16, and block indices, some of them none or repeated."""
     shapes = (1, t, k * g, h), (1, s, k, h), (1, s, k, h)
     arrays = normal(seed, *shapes, dtype=jnp.float16)
-    rng = np.random.default_rng(seed)
-    indices = rng.integers(-1, -(-s // 64), (1, t, k, n))
+    indices = random_blocks(t, s, k, n, seed)
     if shared:
         own = (np.arange(s - t, s) // 64)[:, None]
         indices[..., 0] = own
@@ -50,11 +50,8 @@ def inputs(t, s, k=1, g=16, n=2, h=64, shared=False, seed=0):
 @pytest.fixture
 def in_mosaic(monkeypatch):
     """Makes attend use this kernel, interpreted."""
-    monkeypatch.setattr(kernel, "unsupported_mosaic", lambda *_: None)
-    with (
-        tuning.force("block_sparse_forward_mosaic", SMALL),
-        tuning.force("block_sparse_merge", ROWS),
-    ):
+    tilings = {"block_sparse_forward_mosaic": SMALL, "block_sparse_merge": ROWS}
+    with chosen(monkeypatch, kernel, **tilings):
         yield
 
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 
 from jattn.ops.block_sparse import block_sparse_attention
-from jattn.pallas import tuning
-from jattn.pallas.block_sparse import mosaic_backward, mosaic_chunk, pairs
-from jattn.pallas.block_sparse import triton as kernel
+from jattn.pallas.block_sparse import backward, mosaic_backward, mosaic_chunk, pairs
 from jattn.pallas.block_sparse.launch import RowTiling
+from tests.kernels.block_sparse_mosaic import chosen, random_blocks
 from tests.support import normal, relative_rms
 
 # Consumers with several tiles each, and rings that go through all of their slots.
@@ -30,8 +29,7 @@ def inputs(t, s, k=1, g=16, n=2, h=128, seed=0):
     query, key = (1, t, k * g, h), (1, s, k, h)
     arrays = normal(seed, query, key, key, query, dtype=jnp.float16)
     [lse_gradient] = normal(seed + 1, query[:3])
-    rng = np.random.default_rng(seed)
-    indices = rng.integers(-1, -(-s // 64), (1, t, k, n))
+    indices = random_blocks(t, s, k, n, seed)
     # A query that sees nothing, and own blocks.
     indices[..., 0] = np.arange(s - t, s)[:, None] // 64
     indices[:, 1] = -1
@@ -41,11 +39,11 @@ def inputs(t, s, k=1, g=16, n=2, h=128, seed=0):
 @pytest.fixture
 def in_mosaic(monkeypatch):
     """Makes the gradients of attend use this kernel, interpreted."""
-    monkeypatch.setattr(kernel, "unsupported_mosaic", lambda *_: None)
-    with (
-        tuning.force("block_sparse_backward_mosaic", SMALL),
-        tuning.force("block_sparse_query_sums", ROWS),
-    ):
+    tilings = {
+        "block_sparse_backward_mosaic": SMALL,
+        "block_sparse_query_sums": ROWS,
+    }
+    with chosen(monkeypatch, backward, **tilings):
         yield
 
 
@@ -72,7 +70,7 @@ def test_equals_the_gradients_of_the_jnp_form(monkeypatch, name):
 
     wide = [x.astype(jnp.float32) for x in (*arrays, out_gradient)]
     (out, lse), expected = exact(wide[:3], wide[3])
-    actual = kernel.backward(
+    actual = backward.backward(
         *arrays,
         indices,
         None,
