@@ -5,7 +5,6 @@ See `jattn.pallas.flash.mosaic`.
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -14,15 +13,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.pallas import _mosaic
-from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
+from jattn.pallas import _mosaic, _mosaic_softmax
+from jattn.pallas._mosaic import COLUMN, MATRIX, div_rem
 from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.flash import ROWS
 from jattn.pallas.flash.mosaic_items import Sizes, divide, stretches
 from jattn.pallas.flash.mosaic_memory import QUERY_SLOTS, Memory, Tiling
-
-# Columns of the partial sums of a row's weights.
-PARTIAL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +61,9 @@ class Consumer:
         logits = pl.run_scoped(multiply_keys, self._accumulator(self.sizes.edge))
         plgpu.barrier_arrive(memory.ring_empty.at[0])
         logits = self._mask(logits, first, 0)
-        _, weights, *softmax = self._softmax(logits, *self._nothing())
+        _, weights, *softmax = _mosaic_softmax.add(
+            self.sizes.scale, logits, *_mosaic_softmax.begin(ROWS)
+        )
         weights = weights.astype(memory.ring.dtype)
 
         def attend_item(i, carry):
@@ -79,6 +77,7 @@ class Consumer:
         slot, *softmax = carry
         query_slot = div_rem(i, QUERY_SLOTS)[1]
         attended = _mosaic.zeros((ROWS, self.sizes.width))
+        add_to_softmax = functools.partial(_mosaic_softmax.add, self.sizes.scale)
         # Copying the last item's output takes a while.
         release_step = jnp.minimum(item.blocks, 2)
 
@@ -91,7 +90,7 @@ class Consumer:
                 plgpu.barrier_arrive(self.memory.ring_empty.at[key_slot])
                 if masked:
                     logits = self._mask(logits, item, step)
-                return self._softmax(logits, *softmax)
+                return add_to_softmax(logits, *softmax)
 
             def release():
                 is_now = (step == release_step) & (i > 0)
@@ -134,7 +133,8 @@ class Consumer:
             plgpu.barrier_wait(self.memory.ring_full.at[key_slot])
 
         def first_softmax(logits):
-            return self._softmax(self._mask(logits, following, 0), *self._nothing())
+            logits = self._mask(logits, following, 0)
+            return add_to_softmax(logits, *_mosaic_softmax.begin(ROWS))
 
         def release():
             @pl.when(goes_on)
@@ -197,11 +197,6 @@ class Consumer:
     def _accumulator(self, columns):
         return plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
 
-    def _nothing(self):
-        """Peak and total of a softmax over nothing."""
-        peak = _mosaic.filled(LOWEST, (ROWS,), COLUMN)
-        return peak, _mosaic.zeros((ROWS, PARTIAL))
-
     def _mask(self, logits, item, step):
         """Replaces logits of keys that are not seen by minus infinity."""
         sizes = self.sizes
@@ -221,24 +216,6 @@ class Consumer:
             begin = sizes.first_key(position) - first_key
             seen &= column >= lax.broadcast_in_dim(begin, logits.shape, [0])
         return jnp.where(seen, logits, -jnp.inf)
-
-    def _softmax(self, logits, peak, total):
-        """Adds logits to a softmax.
-
-        Returns what this multiplies earlier results by, the logits' weights, and the
-        new peak, in units of log 2, and total.
-        """
-        factor, keys = self.sizes.scale * LOG2_E, logits.shape[1]
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * factor)
-        decay = jnp.exp2(peak - new_peak)
-        base = lax.broadcast_in_dim(new_peak, logits.shape, [0])
-        weights = jnp.exp2(logits * factor - base)
-        # A thread adds up its own columns; the last of an item's steps is followed by
-        # the sum over threads.
-        columns = [weights[:, i : i + PARTIAL] for i in range(0, keys, PARTIAL)]
-        decays = lax.broadcast_in_dim(decay, total.shape, [0])
-        total = total * decays + functools.reduce(operator.add, columns)
-        return decay, weights, new_peak, total
 
     def _write(self, item, slot, attended, peak, total):
         """Writes an item's results, the output from where its queries were."""

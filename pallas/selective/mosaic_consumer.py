@@ -5,7 +5,6 @@ See `jattn.pallas.selective.mosaic`.
 
 import dataclasses
 import functools
-import operator
 from typing import Any
 
 import jax
@@ -14,15 +13,12 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from jattn.pallas import _mosaic
-from jattn.pallas._mosaic import COLUMN, LOWEST, MATRIX, div_rem
+from jattn.pallas import _mosaic, _mosaic_softmax
+from jattn.pallas._mosaic import MATRIX, div_rem
 from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.selective import mosaic_fragments as fragments
 from jattn.pallas.selective.mosaic_items import ROWS, Schedule, Sizes, place
 from jattn.pallas.selective.mosaic_memory import Memory, Tiling
-
-# Columns of the partial sums of a row's weights.
-PARTIAL = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +64,9 @@ class Consumer:
         self._release(0, 0)
         pl.when(item.steps == 1)(lambda: self._release_query(0))
         logits = self._mask(logits, item, 0)
-        _, weights, *softmax = self._softmax(logits, *self._nothing())
+        _, weights, *softmax = _mosaic_softmax.add(
+            self.sizes.scale, logits, *_mosaic_softmax.begin(ROWS)
+        )
         weights = weights.astype(memory.ring.dtype)
         one = jnp.int32(1)
 
@@ -88,6 +86,7 @@ class Consumer:
         slot, bias_slot, *softmax = carry
         query_slot = div_rem(i, self.tiling.query_slots)[1]
         attended = _mosaic.zeros((ROWS, self.sizes.width))
+        add_to_softmax = functools.partial(_mosaic_softmax.add, self.sizes.scale)
 
         def attend_step(step, carry, masked):
             key_slot, bias_slot, attended, weights, *softmax = carry
@@ -103,7 +102,7 @@ class Consumer:
             def next_softmax(logits):
                 if masked:
                     logits = self._mask(logits, item, step)
-                return self._softmax(logits, *softmax)
+                return add_to_softmax(logits, *softmax)
 
             slots = query_slot, key_slot, value_slot, bias_slot
             decay, *softmax, attended = self._multiply(
@@ -142,7 +141,8 @@ class Consumer:
             pl.when(is_last)(lambda: self._release_query(query_slot))
 
         def first_softmax(logits):
-            return self._softmax(self._mask(logits, following, 0), *self._nothing())
+            logits = self._mask(logits, following, 0)
+            return add_to_softmax(logits, *_mosaic_softmax.begin(ROWS))
 
         slots = query_slot, key_slot, value_slot, bias_slot
         _, *softmax, attended = self._multiply(
@@ -218,11 +218,6 @@ class Consumer:
     def _accumulator(self, columns):
         return plgpu.WGMMAAccumulatorRef((ROWS, columns), jnp.float32)
 
-    def _nothing(self):
-        """Peak and total of a softmax over nothing."""
-        peak = _mosaic.filled(LOWEST, (ROWS,), COLUMN)
-        return peak, _mosaic.zeros((ROWS, PARTIAL))
-
     def _mask(self, logits, item, step):
         """Replaces logits of keys in the future by minus infinity."""
         # Of the consumer's first query, relative to the first key.
@@ -231,24 +226,6 @@ class Consumer:
         row = plgpu.broadcasted_iota(jnp.int32, logits.shape, 0, layout=MATRIX)
         column = plgpu.broadcasted_iota(jnp.int32, logits.shape, 1, layout=MATRIX)
         return jnp.where(column - row <= position, logits, -jnp.inf)
-
-    def _softmax(self, logits, peak, total):
-        """Adds logits to a softmax.
-
-        Returns what this multiplies earlier results by, the logits' weights, and the
-        new peak, in units of log 2, and total.
-        """
-        factor, keys = self.sizes.scale * LOG2_E, logits.shape[1]
-        new_peak = jnp.maximum(peak, jnp.max(logits, axis=1) * factor)
-        decay = jnp.exp2(peak - new_peak)
-        base = lax.broadcast_in_dim(new_peak, logits.shape, [0])
-        weights = jnp.exp2(logits * factor - base)
-        # A thread adds up its own columns; the last of an item's steps is followed by
-        # the sum over threads.
-        columns = [weights[:, i : i + PARTIAL] for i in range(0, keys, PARTIAL)]
-        decays = lax.broadcast_in_dim(decay, total.shape, [0])
-        total = total * decays + functools.reduce(operator.add, columns)
-        return decay, weights, new_peak, total
 
     def _write(self, item, attended, peak, total):
         """Writes an item's results. Every query sees itself."""

@@ -70,14 +70,15 @@ def backward(monkeypatch):
             ),
         }
         with contextlib.ExitStack() as stack:
-            for name, tiling in forced.items():
-                stack.enter_context(tuning.force(name, tiling))
+            requests = [stack.enter_context(tuning.force(*x)) for x in forced.items()]
             # Not under jit, which would run both kernels at the same time. While a
             # kernel of F is interpreted, no other can be traced.
             carries = jax.block_until_ready(work.carries(first_row))
-            return kernel.backward(
+            results = kernel.backward(
                 work, carries, out.astype(query.dtype), lse, *cotangents
             )
+        assert all(requests)
+        return results
 
     return backward
 
