@@ -50,7 +50,7 @@ from jattn.train.prune import PruneConfig, make_budget_evaluator, prune
 _ALL = 10**6
 
 # Steps of a search that are measured at once on the whole held-out text.
-SIDE_BY_SIDE = 8
+_SIDE_BY_SIDE = 8
 
 
 def recipe(
@@ -274,8 +274,8 @@ def _last_within(
     losses = make_budget_evaluator(run.model, run.config, run.params, batches)
     whole = run.config.data.context_length
     budgets = [[whole if x is None else x for x in step["budgets"]] for step in steps]
-    for end in range(len(steps), 0, -SIDE_BY_SIDE):
-        chosen = range(max(0, end - SIDE_BY_SIDE), end)
+    for end in range(len(steps), 0, -_SIDE_BY_SIDE):
+        chosen = range(max(0, end - _SIDE_BY_SIDE), end)
         found = losses(np.array([budgets[i] for i in chosen], np.int32))
         for i, loss in zip(chosen, found, strict=True):
             steps[i]["whole_text_loss"] = float(loss)

@@ -190,9 +190,17 @@ def following(slot, slots: int):
 
 def padded(x: jax.Array, axis: int, length: int, value: float = 0.0) -> jax.Array:
     """Fills x up to that length with a value."""
+    if x.shape[axis] == length:
+        return x
     padding = [(0, 0)] * x.ndim
     padding[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, padding, constant_values=value)
+
+
+def multiple(x: jax.Array, axis: int, divisor: int, least: int = 0) -> jax.Array:
+    """Fills x up to a multiple of the divisor, and at least to a length, with zeros."""
+    length = max(x.shape[axis], least)
+    return padded(x, axis, length + -length % divisor)
 
 
 def product(x, y):

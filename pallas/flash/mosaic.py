@@ -111,9 +111,12 @@ def forward(
         step=tiling.keys,
         edge=tiling.edge,
     )
-    key, value = (_multiple(x[:, first:end], tiling.keys) for x in (key, value))
+    key, value = (
+        _mosaic.multiple(x[:, first:end], 1, ALIGNMENT, tiling.keys)
+        for x in (key, value)
+    )
     # Only heads of a group smaller than the alignment are loaded by stretches of it.
-    padded = _multiple(query, 0) if sizes.heads_first else query
+    padded = _mosaic.multiple(query, 1, ALIGNMENT) if sizes.heads_first else query
     operands = padded, key, value
     rows = sizes.row_tiles * sizes.tiles * ROWS
     clusters = min(tiling.programs // tiling.cluster, sizes.items)
@@ -168,12 +171,6 @@ def _tiling(
         slots=5 if width > 64 else 10,
         programs=_device.multiprocessors(),
     )
-
-
-def _multiple(x: jax.Array, least: int) -> jax.Array:
-    """Fills x [B, S, ..] up to a multiple of ALIGNMENT, and that length, with zeros."""
-    length = -(-max(x.shape[1], least) // ALIGNMENT) * ALIGNMENT
-    return jnp.pad(x, [(0, 0), (0, length - x.shape[1]), (0, 0), (0, 0)])
 
 
 def _kernel(*refs, sizes: Sizes, tiling: Tiling, **memory):

@@ -98,15 +98,15 @@ def block_scores(
         chunk=scores.shape[2],
         scale_log2=scale_log2,
     )
-    key = _multiple(key, 1, ALIGNMENT * cells)
+    key = _mosaic.multiple(key, 1, ALIGNMENT * cells)
     key = key.reshape(batch, -1, cells, kv_heads, width)
     if before:
         shifted = jnp.pad(key[:, :-1, -before:], [(0, 0), (1, 0)] + [(0, 0)] * 3)
         key = jnp.concatenate([key, shifted], axis=2)
     operands = (
-        _multiple(query, 1, ALIGNMENT),
+        _mosaic.multiple(query, 1, ALIGNMENT),
         key,
-        _multiple(lse, 2, ROWS),
+        _mosaic.multiple(lse, 2, ROWS),
         step,
         *(() if after is None else (after,)),
     )
@@ -120,13 +120,6 @@ def block_scores(
         name="block_scores",
     )
     return result
-
-
-def _multiple(x: jax.Array, axis: int, divisor: int) -> jax.Array:
-    """Fills x up to a multiple along an axis with zeros."""
-    padding = [(0, 0)] * x.ndim
-    padding[axis] = (0, -x.shape[axis] % divisor)
-    return jnp.pad(x, padding) if padding[axis][1] else x
 
 
 def _kernel(*refs, sizes: Sizes, tiling: Tiling, **memory):

@@ -14,7 +14,12 @@ import triton
 
 from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas._softmax import LOG2_E
-from jattn.pallas.selective import attention, mask, mosaic_key_gradient, selection
+from jattn.pallas.selective import (
+    key_kernels,
+    mask,
+    mosaic_key_gradient,
+    selection,
+)
 from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import (
@@ -132,7 +137,7 @@ def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling, 
 
     def attend(bias, region):
         key_gradient, value_gradient, parts_gradient = _triton.call(
-            attention.key_gradient_kernel,
+            key_kernels.key_gradient_kernel,
             work.query,
             work.key,
             work.value,
@@ -273,7 +278,7 @@ def _selection_gradient(
     else:
         memory_gradient = memory_gradient / work.memory_tau
     gradient, sums = _triton.call(
-        attention.mask_gradient_kernel,
+        key_kernels.mask_gradient_kernel,
         *operands,
         memory_gradient,
         float(work.scale) * LOG2_E,

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.selective import (
-    attention,
     mosaic,
     mosaic_query_gradient,
+    query_kernels,
 )
 from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.cotangents import Cotangents
@@ -201,7 +201,7 @@ def _by_queries(work: Work, name, carries, chunk, cotangents, products):
             *cotangents,
         )
         results = _triton.call(
-            getattr(attention, f"{name}_kernel"),
+            getattr(query_kernels, f"{name}_kernel"),
             *operands,
             *results,
             float(work.scale) * LOG2_E,
