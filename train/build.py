@@ -175,6 +175,7 @@ def _mixer_options(config: TrainConfig, mixers: str) -> dict[str, dict[str, Any]
         "selective": {
             "budget": budgets[0] if len(budgets) == 1 else budgets or None,
             "memory_tau": model.selective.memory_tau,
+            "skip_error": model.selective.skip_error,
             "padding_segment": PADDING_SEGMENT,
         },
         "monarch": {

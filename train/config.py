@@ -116,14 +116,22 @@ class SelectiveConfig:
         each; whole contexts if there are none. The paper trains without, and `jattn
         prune` finds them afterwards.
       memory_tau: Selection from which a key counts as forgotten in the memory loss.
+      skip_error: Part of a query's softmax weight that kernels may leave out to skip
+        what is forgotten.
     """
 
     budgets: tuple[int | None, ...] = ()
     memory_tau: float = 1.0
+    skip_error: float = 0.0
 
     def __post_init__(self):
         """Checks the values; see `UserError`."""
         _positive(self, "model.selective.", "memory_tau")
+        if not 0 <= self.skip_error < 1:
+            raise UserError(
+                "model.selective.skip_error must be at least 0 and less than 1; got "
+                f"{self.skip_error}"
+            )
         for budget in self.budgets:
             if budget is not None and budget < 2:
                 raise UserError(

@@ -1,5 +1,6 @@
 """Selective Attention as a module, with a cache that shrinks to a budget."""
 
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -11,8 +12,11 @@ from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
-from jattn.ops.selective import attend_positions, selective_attention
-from jattn.ops.selective_decode import cached_selective_attention
+from jattn.ops.selective import selective_attention
+from jattn.ops.selective_decode import (
+    cached_selective_attention,
+    prefill_selective_attention,
+)
 
 
 class SelectiveCache(struct.PyTreeNode):
@@ -54,6 +58,8 @@ class SelectiveAttention(nn.Module):
         most forgotten are dropped for good. None to keep all. The paper trains
         without one and then searches for the smallest budget of each layer.
       memory_tau: F from which a key counts as forgotten in the memory loss.
+      skip_error: Part of a query's softmax weight that may be left out in calls
+        without a cache and in the first one with it, see `jattn.selective_attention`.
       padding_segment: Id in segment_ids of what is padding and not a document, which
         the memory loss leaves out; None if every token is of a document.
       rope_base: Base of the rotary embedding; None for no positions.
@@ -69,6 +75,7 @@ class SelectiveAttention(nn.Module):
     num_kv_heads: int | None = None
     budget: int | None = None
     memory_tau: float = 1.0
+    skip_error: float = 0.0
     padding_segment: int | None = None
     rope_base: float | None = 10_000.0
     dtype: Any = None
@@ -134,15 +141,25 @@ class SelectiveAttention(nn.Module):
 
         if cache is None:
             out = self._attend(query, key, value, segment_ids)
-        elif self.budget is None or cache.position.shape[1] < self.budget:
-            # A cache of fewer slots than the budget has one for each of its tokens.
-            out, cache = _attend_cached(
-                query, key, value, positions, cache, self.implementation
-            )
         else:
-            out, cache = attend_pruned(
-                query, key, value, positions, cache, self.implementation
+            # A cache of fewer slots than the budget has one for each of its tokens.
+            pruned = self.budget is not None and cache.position.shape[1] >= self.budget
+            attend = functools.partial(
+                attend_pruned if pruned else _attend_cached,
+                implementation=self.implementation,
             )
+            arrays = query, key, value, positions, cache
+            if t == 1:
+                out, cache = attend(*arrays)
+            else:
+                prefill = functools.partial(
+                    _prefill,
+                    budget=self.budget if pruned else None,
+                    skip_error=self.skip_error,
+                    implementation=self.implementation,
+                )
+                goes_on = jnp.any(cache.length > 0)
+                out, cache = jax.lax.cond(goes_on, attend, prefill, *arrays)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
@@ -150,26 +167,20 @@ class SelectiveAttention(nn.Module):
         """Attention within the call; sows the memory loss where it is collected."""
         collect = self.is_mutable_collection("losses") and not self.is_initializing()
         memory_tau = self.memory_tau if collect else None
+        budget = self.budget
         if self.has_variable("budgets", "budget"):
-            out, memory = _attend_budget(
-                query,
-                key,
-                value,
-                segment_ids,
-                budget=self.get_variable("budgets", "budget"),
-                memory_tau=memory_tau,
-            )
-        else:
-            out = selective_attention(
-                query,
-                key,
-                value,
-                budget=self.budget,
-                memory_tau=memory_tau,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-            )
-            out, memory = out if collect else (out, None)
+            budget = self.get_variable("budgets", "budget")
+        out = selective_attention(
+            query,
+            key,
+            value,
+            budget=budget,
+            memory_tau=memory_tau,
+            skip_error=self.skip_error,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+        out, memory = out if collect else (out, None)
         if memory is not None:
             self.sow("losses", "selective_memory", self._loss(memory, segment_ids))
         return out
@@ -186,26 +197,37 @@ class SelectiveAttention(nn.Module):
         )
 
 
-def _attend_budget(query, key, value, segment_ids, *, budget, memory_tau):
-    """Output and M of selective attention with a budget that is an array."""
-    b, t = query.shape[:2]
-    positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-    starts = jnp.zeros_like(positions)
-    if segment_ids is not None:
-        starts = _common.document_starts(segment_ids)
-    out, _, memory, _ = attend_positions(
+def _prefill(
+    query, key, value, positions, cache, *, budget, skip_error, implementation
+):
+    """Attention among the first tokens, of which the cache takes what is held."""
+    lengths = jnp.sum(positions >= 0, axis=1, dtype=jnp.int32)
+    out, mask, held = prefill_selective_attention(
         query,
         key,
         value,
-        jnp.zeros((b, t)),
-        query_positions=positions,
-        query_starts=starts,
-        key_positions=positions,
-        scale=_common.default_scale(None, query.shape[-1]),
+        lengths,
         budget=budget,
-        memory_tau=memory_tau,
+        skip_error=skip_error,
+        scale=_common.default_scale(None, query.shape[-1]),
+        implementation=implementation,
     )
-    return out, memory
+    if budget is not None:
+        # Those that are held, in order.
+        taken = jnp.argsort(~held, axis=1, stable=True)[:, :budget]
+        rows = jnp.arange(len(taken))[:, None]
+        key, value, mask, positions, held = (
+            x[rows, taken] for x in (key, value, mask, positions, held)
+        )
+    slot = jnp.arange(held.shape[1], dtype=jnp.int32)
+    slot = jnp.where(held, slot, -1)
+    return out, SelectiveCache(
+        key=caches.write(cache.key, key, slot),
+        value=caches.write(cache.value, value, slot),
+        mask=caches.write(cache.mask, mask, slot),
+        position=caches.write(cache.position, positions, slot),
+        length=cache.length + lengths,
+    )
 
 
 def _attend_cached(query, key, value, positions, cache, implementation):

@@ -64,7 +64,7 @@ def selective_attention(
     key: jax.Array,
     value: jax.Array,
     *,
-    budget: int | None = None,
+    budget: int | jax.Array | None = None,
     memory_tau: float | None = None,
     initial_mask: jax.Array | None = None,
     skip_error: float = 0.0,
@@ -83,9 +83,11 @@ def selective_attention(
       key: [B, S, K, H], where K divides N; G = N / K query heads share a kv head.
       value: [B, S, K, V].
       budget: Most keys a query holds, itself included; the others are dropped for
-        good, see `selective_eviction`. None to drop none. Needs T = S.
+        good, see `selective_eviction`. None to drop none. Needs T = S. An int32 scalar
+        array may differ from call to call of a compiled function.
       memory_tau: If given, also return the memory term of every query,
-        ``M_i = Σ_{j<=i} (1 - min(F[i,j], tau) / tau)``, see `selective_memory`.
+        ``M_i = Σ_{j<=i} (1 - min(F[i,j], tau) / tau)``, see `selective_memory`. Keys
+        that were dropped count nothing.
       initial_mask: [B, S], row F of the first query; needed if T < S. The first token
         of a document and keys of the queries given are taken to have 0.
       skip_error: Part of a query's softmax weight that may be left out, less than 1.
@@ -132,13 +134,14 @@ def selective_attention(
         from jattn.pallas.selective import triton as kernel
 
         starts = None if segment_ids is None else _common.document_starts(segment_ids)
+        held = None if budget is None else jnp.asarray(budget, jnp.int32)
         tau = None if memory_tau is None else float(memory_tau)
         attended: tuple[jax.Array, jax.Array, jax.Array | None] = kernel.attend(
-            query, key, value, first_row, starts, scale, float(skip_error), tau
+            query, key, value, first_row, starts, held, scale, float(skip_error), tau
         )
         out, lse, memory = attended
     else:
-        out, lse, memory, _ = attend_positions(
+        out, lse, memory, *_ = attend_positions(
             query,
             key,
             value,
@@ -181,8 +184,8 @@ def selective_memory(
     """
     b, t, s = _check_mask(mask, "BTS", segment_ids)
     _check_tau(tau)
-    positions = _token_positions(b, t, s, segment_ids)
-    return jnp.max(_memory(mask, tau, **positions), axis=-1)
+    visible = _visible(**_token_positions(b, t, s, segment_ids))
+    return jnp.max(_memory(mask, tau, visible), axis=-1)
 
 
 def selective_eviction(
@@ -225,9 +228,9 @@ def attend_positions(
     query_starts: jax.Array,
     key_positions: jax.Array,
     scale: float,
-    budget: int | None = None,
+    budget: int | jax.Array | None = None,
     memory_tau: float | None = None,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
+) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array, jax.Array | None]:
     """Selective attention between tokens at explicit positions, as decoding needs it.
 
     Args:
@@ -243,8 +246,9 @@ def attend_positions(
       memory_tau: Tau of the memory term; None to leave it out.
 
     Returns:
-      Output [B, T, N, V], log-sum-exp [B, T, N], memory term [B, T] or None, and
-      row F [B, S] of the query after the last.
+      Output [B, T, N, V], log-sum-exp [B, T, N], memory term [B, T] or None, row F
+      [B, S] of the query after the last, and with a budget the position of the first
+      query that no longer holds each key, int32 [B, S], S if none, else None.
     """
     b, t, n, _ = query.shape
     s = key.shape[1]
@@ -259,10 +263,10 @@ def attend_positions(
         )
         mask, next_mask = _select(query, key, mask, scale=scale, **positions)
         visible = _visible(**positions)
-        memory = None if memory_tau is None else _memory(mask, memory_tau, **positions)
         if budget is not None:
             expiry = _evict(expiry, jax.lax.stop_gradient(mask), budget, **positions)
             visible &= query_positions[:, :, None] < expiry[:, None, :]
+        memory = None if memory_tau is None else _memory(mask, memory_tau, visible)
         out, lse = _common.masked_attention(
             query,
             key,
@@ -280,7 +284,7 @@ def attend_positions(
     chunk = max(chunk, math.isqrt(t // n))
     initial_mask = initial_mask.astype(dtype)
     expiry = None if budget is None else _never(initial_mask)
-    (next_mask, _), (out, lse, memory) = _common.scan_query_chunks(
+    (next_mask, expiry), (out, lse, memory) = _common.scan_query_chunks(
         attend,
         (initial_mask, expiry),
         query,
@@ -288,7 +292,7 @@ def attend_positions(
         query_starts,
         chunk=chunk,
     )
-    return out, lse, memory, next_mask
+    return out, lse, memory, next_mask, expiry
 
 
 def _select(query, key, mask, *, query_positions, query_starts, key_positions, scale):
@@ -317,10 +321,10 @@ def _visible(*, query_positions, query_starts, key_positions):
     return (query_starts[:, :, None] <= keys) & (keys <= query_positions[:, :, None])
 
 
-def _memory(mask, tau, **positions):
-    """The memory term M [B, T] of F [B, T, S]."""
+def _memory(mask, tau, visible):
+    """The memory term M [B, T] of F and what may be seen, both [B, T, S]."""
     kept = 1 - jnp.minimum(mask, tau) / tau
-    return jnp.sum(kept, axis=-1, where=_visible(**positions))
+    return jnp.sum(kept, axis=-1, where=visible)
 
 
 def _evict(expiry, mask, budget, *, query_positions, query_starts, key_positions):
@@ -394,7 +398,13 @@ def _check_mask(mask, letters, segment_ids):
 
 
 def _check_budget(budget):
-    if not isinstance(budget, int) or budget < 2:
+    if isinstance(budget, jax.Array):
+        if budget.shape or not jnp.issubdtype(budget.dtype, jnp.integer):
+            raise ValueError(
+                "budget must be an integer or a scalar array of one; got shape "
+                f"{budget.shape} and {budget.dtype}"
+            )
+    elif not isinstance(budget, int) or budget < 2:
         raise ValueError(
             "budget must be an integer of at least 2, for the first token and the "
             f"current one; got {budget!r}"

@@ -1,6 +1,7 @@
-"""Selective Attention of one new token in each row to a cache."""
+"""Selective Attention with a cache: of new tokens to it, and of the first ones."""
 
 import jax
+import jax.numpy as jnp
 
 from jattn.ops import _common
 from jattn.ops.selective import attend_positions
@@ -38,7 +39,7 @@ def cached_selective_attention(
     """
 
     def reference(query, key, value, mask, query_positions, key_positions):
-        out, _, _, mask = attend_positions(
+        out, _, _, mask, _ = attend_positions(
             query,
             key,
             value,
@@ -73,6 +74,90 @@ def cached_selective_attention(
     def attend_backward(arrays, cotangents):
         _, pullback = jax.vjp(reference, *arrays)
         return pullback(cotangents)
+
+    attend.defvjp(attend_forward, attend_backward)
+    return attend(*arrays)
+
+
+def prefill_selective_attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    lengths: jax.Array,
+    *,
+    budget: int | None,
+    skip_error: float,
+    scale: float,
+    implementation: _common.Implementation | None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """`jattn.selective_attention` among the first tokens of rows.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, T, K, H].
+      value: [B, T, K, V].
+      lengths: int32 [B], how many of the tokens of each row are real; the rest, on the
+        right, is padding, which selects and drops nothing.
+      budget: Most keys a query holds; None for no limit.
+      skip_error: Part of a query's softmax weight that may be left out.
+      scale: Factor of the logits.
+      implementation: "xla", "triton", or None for the fastest that supports the call.
+
+    Returns:
+      Output [B, T, N, V], 0 for padding; row F [B, T] of the query after the last; and
+      which keys that query still holds, bool [B, T].
+
+    Raises:
+      NotImplementedError: The requested implementation does not support the call.
+    """
+    b, t = key.shape[:2]
+    token = jnp.arange(t, dtype=jnp.int32)
+    real = token < lengths[:, None]
+
+    def reference(query, key, value):
+        positions = jnp.where(real, token, -1)
+        out, _, _, mask, expiry = attend_positions(
+            query,
+            key,
+            value,
+            jnp.zeros((b, t)),
+            query_positions=positions,
+            query_starts=jnp.zeros_like(positions),
+            key_positions=positions,
+            scale=scale,
+            budget=budget,
+        )
+        return out, mask, real if expiry is None else real & (expiry == t)
+
+    arrays = query, key, value
+    chosen = _common.choose_implementation(
+        "prefill of selective attention",
+        implementation,
+        [("triton", kernels.unsupported(*arrays, scale=scale, budget=budget))],
+    )
+    if chosen == "xla":
+        return reference(*arrays)
+    # Triton is an optional dependency.
+    from jattn.pallas.selective import triton as kernel
+
+    @jax.custom_vjp
+    def attend(query, key, value):
+        # What is all zeros selects nothing.
+        selecting = jnp.where(real[..., None], query[:, :, 0], 0)
+        query = query.at[:, :, 0].set(selecting)
+        held = None if budget is None else jnp.int32(budget)
+        out, mask, expiry = kernel.prefill(query, key, value, held, scale, skip_error)
+        out = jnp.where(real[..., None, None], out, 0)
+        # What padding drops is still there for the next token.
+        return out, mask, real & (expiry >= lengths[:, None])
+
+    def attend_forward(*arrays):
+        return attend(*arrays), arrays
+
+    def attend_backward(arrays, cotangents):
+        *cotangents, _ = cotangents
+        _, pullback = jax.vjp(lambda *x: reference(*x)[:2], *arrays)
+        return pullback(tuple(cotangents))
 
     attend.defvjp(attend_forward, attend_backward)
     return attend(*arrays)

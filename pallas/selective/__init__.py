@@ -8,6 +8,8 @@ from jattn.pallas import _triton
 MAX_WIDTH = 256
 # Query heads of a kv head are the rows of a tile in decoding.
 MAX_GROUP = 64
+# With a budget one program has them all in registers.
+MAX_BUDGET_KEYS = 2**16
 
 
 def unsupported(
@@ -16,7 +18,7 @@ def unsupported(
     value: jax.Array,
     *,
     scale: float,
-    budget: int | None,
+    budget: int | jax.Array | None,
 ) -> str | None:
     """Why the Triton kernels do not support a call, or None.
 
@@ -29,8 +31,8 @@ def unsupported(
     """
     if (reason := _unsupported_arrays(query, key, value, scale)) is not None:
         return reason
-    if budget is not None:
-        return "it has no budget"
+    if budget is not None and key.shape[1] > MAX_BUDGET_KEYS:
+        return f"with a budget it takes {MAX_BUDGET_KEYS} keys, not {key.shape[1]}"
     return None
 
 

@@ -7,7 +7,8 @@ writes it for a region of queries and keys, and all heads read it.
 Query t is at position t + S - T. Tiles of the bias that lie wholly in the future are
 never written; attention masks whatever it reads there. Skipped tiles are neither
 written nor read. Other documents are as the future to attention in Triton; for that in
-Mosaic GPU, which knows no documents, their bias is OTHER_DOCUMENT.
+Mosaic GPU, which knows no documents, their bias is UNSEEN, and so is for both that of
+keys that a query no longer holds.
 
 Letters as in `jattn.pallas.selective.triton`.
 """
@@ -20,7 +21,7 @@ import triton.language as tl
 
 from jattn.pallas._tiles import _load_rows
 
-OTHER_DOCUMENT = tl.constexpr(-float("inf"))
+UNSEEN = tl.constexpr(-float("inf"))
 
 
 @triton.jit
@@ -73,6 +74,14 @@ def _store_fragments(
     tile = tl.reshape(tile, [COLUMNS // 8, ROWS // 16, 32, 4])
     wanted = tl.arange(0, 4) < 4 * condition
     tl.store(pointer + _fragments(width, ROWS, COLUMNS), tile, mask=wanted)
+
+
+@triton.jit
+def _place_in_fragments(row, column, width):
+    """Where a number is that _store_fragments wrote."""
+    lane = row % 8 * 4 + column % 8 // 2
+    number = row % 16 // 8 * 2 + column % 2
+    return row // 16 * (16 * width) + column // 8 * 128 + lane * 4 + number
 
 
 @triton.jit
@@ -207,6 +216,7 @@ def bias_kernel(
     starts_ptr,  # [B, S] if PACKED
     carries_ptr,  # [B, blocks, columns]
     dead_ptr,  # [B, blocks, columns / ROWS] if SKIP
+    expiry_ptr,  # [B, columns] if HELD
     region_ptr,  # [2]
     limit,
     queries,
@@ -226,10 +236,12 @@ def bias_kernel(
     TRANSPOSED: tl.constexpr,
     MEMORY: tl.constexpr,
     SEPARATE: tl.constexpr,
+    HELD: tl.constexpr,
 ):
     """The bias of one block of queries and one tile of keys in a region.
 
-    With SEPARATE that of other documents is OTHER_DOCUMENT.
+    With SEPARATE that of other documents is UNSEEN, with HELD that of keys that have
+    expired: the query number expiry and later ones do not hold them.
 
     With MEMORY, but not TRANSPOSED, also how much each query still needs of the tile,
     of keys that count 0 once the bias has come down to -limit. A skipped tile counts 0.
@@ -278,11 +290,16 @@ def bias_kernel(
     earlier = tl.cumsum(selected, axis=1 if TRANSPOSED else 0) - selected
     carry = tl.load(carries_ptr + block * columns + first_key + tl.arange(0, KEYS))
     bias = -(tl.expand_dims(carry, 1 if TRANSPOSED else 0) + earlier)
+    if HELD:
+        expiry = tl.load(expiry_ptr + batch * columns + first_key + tl.arange(0, KEYS))
+        expiry = tl.expand_dims(expiry, 1 if TRANSPOSED else 0)
+        token = first_token + tl.arange(0, ROWS)
+        sees &= tl.expand_dims(token, 0 if TRANSPOSED else 1) < expiry
     if MEMORY:
         kept = tl.where(sees, tl.maximum(limit + bias, 0.0) / limit, 0.0)
         tl.store(kept_ptr, tl.sum(kept, axis=1))
-    if SEPARATE:
-        bias = tl.where(sees, bias, OTHER_DOCUMENT)
+    if SEPARATE or HELD:
+        bias = tl.where(sees, bias, UNSEEN)
     bias_ptr += batch * rows * width
     if TRANSPOSED:
         bias_ptr += column * rows + row * 16

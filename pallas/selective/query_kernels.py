@@ -198,8 +198,8 @@ def forward_kernel(
                     logits = _unseen(logits, token, position, first, offset, PACKED)
                 highest = tl.maximum(peak[i], tl.max(logits, axis=1))
                 shift = highest * scale_log2
-                if PACKED:
-                    shift = tl.where(highest == -float("inf"), 0.0, shift)
+                # The bias of a whole row of a tile may be minus infinity.
+                shift = tl.where(highest == -float("inf"), 0.0, shift)
                 weights = tl.exp2(logits * scale_log2 - shift[:, None])
                 decay = tl.exp2(peak[i] * scale_log2 - shift)
                 new_peak += (highest,)

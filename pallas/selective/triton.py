@@ -16,6 +16,8 @@ term adds to it where F is below tau, which takes two kernels.
 
 What attends with F, forward and backward, is Mosaic GPU's if that supports the call.
 
+A budget takes a pass through F first, in which every query drops a key.
+
 Nothing is added atomically: same input, same bits.
 
 Letters: B batch, T queries, S keys, N query heads, K kv heads, H key width, V value
@@ -29,23 +31,24 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops._common import document_starts
-from jattn.pallas.selective import by_keys, by_queries
+from jattn.pallas.selective import by_keys, by_queries, eviction
 from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import Work
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def attend(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
     initial_mask: jax.Array,
     starts: jax.Array | None,
+    budget: jax.Array | None,
     scale: float,
     skip_error: float = 0.0,
     memory_tau: float | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-    """Selective attention, differentiable in all but starts.
+    """Selective attention, differentiable in the first four.
 
     Args:
       query: [B, T, N, H].
@@ -54,6 +57,8 @@ def attend(
       initial_mask: fp32 [B, S], row F of the first query.
       starts: int32 [B, S], position of the first token of each token's document; None
         if a row is one document.
+      budget: int32 [], most keys a query holds, at least 2, which needs T = S; None for
+        no limit.
       scale: Factor of the logits, positive.
       skip_error: Weight of a query's softmax that may be left out.
       memory_tau: Tau of the memory term, or None to leave it out. It is exact: with
@@ -63,24 +68,27 @@ def attend(
       Output [B, T, N, V], log-sum-exp [B, T, N] and memory term [B, T] or None, both in
       fp32.
     """
-    work = Work(query, key, value, starts, scale, skip_error, memory_tau)
-    return by_queries.forward(work, work.carries(initial_mask))
+    arrays = query, key, value, initial_mask, starts, budget
+    return _attend_forward(*arrays, scale, skip_error, memory_tau)[0]
 
 
 def _attend_forward(
-    query, key, value, initial_mask, starts, scale, skip_error, memory_tau
+    query, key, value, initial_mask, starts, budget, scale, skip_error, memory_tau
 ):
     work = Work(query, key, value, starts, scale, skip_error, memory_tau)
-    carries = work.carries(initial_mask)
+    carries, _ = work.carries(initial_mask)
+    if budget is not None:
+        work.expiry = eviction.expiry(work, carries, budget)
     out, lse, memory = by_queries.forward(work, carries)
-    residuals = query, key, value, starts, carries, work.least, out, lse
-    return (out, lse, memory), residuals
+    of_work = query, key, value, starts, work.least, work.expiry
+    return (out, lse, memory), (of_work, carries, out, lse)
 
 
 def _attend_backward(scale, skip_error, memory_tau, residuals, gradients):
-    query, key, value, starts, carries, least, out, lse = residuals
+    (query, key, value, starts, least, expiry), carries, out, lse = residuals
     work = Work(query, key, value, starts, scale, skip_error, memory_tau, least)
-    return *backward(work, carries, out, lse, *gradients), None
+    work.expiry = expiry
+    return *backward(work, carries, out, lse, *gradients), None, None
 
 
 attend.defvjp(_attend_forward, _attend_backward)
@@ -118,6 +126,38 @@ def backward(
     return query_gradient, *others
 
 
+def prefill(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    budget: jax.Array | None,
+    scale: float,
+    skip_error: float,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Attention among the first tokens of rows, and what decoding goes on with.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, T, K, H].
+      value: [B, T, K, V].
+      budget: As in attend.
+      scale: Factor of the logits, positive.
+      skip_error: As in attend.
+
+    Returns:
+      Output [B, T, N, V]; row F of the query after the last, fp32 [B, T]; and the first
+      query that no longer holds each key, int32 [B, T], T where all later ones do.
+    """
+    work = Work(query, key, value, None, scale, skip_error, None)
+    carries, following = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
+    expiry = jnp.full(key.shape[:2], work.queries, jnp.int32)
+    if budget is not None:
+        work.expiry = eviction.expiry(work, carries, budget)
+        expiry = work.expiry[:, : work.keys]
+    out, *_ = by_queries.forward(work, carries)
+    return out, scale * following[:, : work.keys], expiry
+
+
 def skipped_tiles(
     query: jax.Array,
     key: jax.Array,
@@ -141,7 +181,7 @@ def skipped_tiles(
     """
     starts = None if segment_ids is None else document_starts(segment_ids)
     work = Work(query, key, key, starts, scale, skip_error, None)
-    carries = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
+    carries, _ = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
     first = jnp.arange(work.blocks) * work.block
     tile = jnp.arange(0, work.columns, keys)
     visible = tile < jnp.minimum(first + work.block, work.queries)[:, None]

@@ -136,13 +136,18 @@ class Work:
         self.sparse = self.skip or self.separate
         self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
         self.least = self.forgotten() if self.skip and least is None else least
+        # int32 [B, columns], the first query that does not hold a key; None if all do.
+        self.expiry: jax.Array | None = None
 
     def tiling(self, name):
         """That of a kernel in Triton, the measured one if there is one."""
         return tuning.choose(f"selective_{name}", self.shape, self.tilings[name])
 
     def carries(self, initial_mask):
-        """``F / scale`` of each block's first query, [B, blocks, columns]."""
+        """``F / scale`` of each block's first query, [B, blocks, columns].
+
+        And that of the query after the last, [B, columns].
+        """
         tiling = self.tiling("mask")
         [sums] = _triton.call(
             mask.sums_kernel,
@@ -165,8 +170,9 @@ class Work:
         )
         padding = [(0, 0), (0, self.columns - self.keys)]
         first = jnp.pad(initial_mask / self.scale, padding)
-        sums = jnp.concatenate([first[:, None], sums[:, :-1]], axis=1)
-        return jnp.cumsum(sums, axis=1)
+        carries = jnp.concatenate([first[:, None], sums[:, :-1]], axis=1)
+        carries = jnp.cumsum(carries, axis=1)
+        return carries, carries[:, -1] + sums[:, -1]
 
     def forgotten(self):
         """From which F on a key is forgotten, fp32 [B].
@@ -208,9 +214,9 @@ class Work:
         return dead
 
     def dead_blocks(self, carries):
-        """Which blocks of keys nobody in a block of queries needs, int32."""
+        """Which blocks of keys nobody in a block of queries needs, int32, or None."""
         if not self.sparse:
-            return jnp.zeros(1, jnp.int32)
+            return None
         return self.dead(carries, BLOCK).astype(jnp.int32)
 
     def live_tiles(self, carries, keys):
@@ -259,17 +265,20 @@ class Work:
 
         In the order of `mask._store_fragments`; transposed, [B, columns, rows]. Beside
         it, None or with memory what bias_kernel counts as kept, [B, tiles, rows].
+        Without dead_blocks no block is skipped.
         """
         tiling = self.tiling("mask")
         tiles = columns // tiling.keys
         kept = (self.batch, tiles, rows) if memory else (1, 1, 1)
+        nothing = jnp.zeros(1, jnp.int32)
         bias, kept = _triton.call(
             mask.bias_kernel,
             self.query,
             self.key,
             self.starts,
             carries,
-            dead_blocks,
+            nothing if dead_blocks is None else dead_blocks,
+            nothing if self.expiry is None else self.expiry,
             region,
             self.limit(),
             self.queries,
@@ -285,10 +294,11 @@ class Work:
             ROWS=BLOCK,
             KEYS=tiling.keys,
             PACKED=self.packed,
-            SKIP=self.sparse,
+            SKIP=self.sparse and dead_blocks is not None,
             TRANSPOSED=transposed,
             MEMORY=memory,
             SEPARATE=self.separate,
+            HELD=self.expiry is not None,
             **self.key_sizes,
         )
         return bias, kept if memory else None

@@ -14,7 +14,10 @@ import pytest
 from benchmarks.selective import skipped_share
 from jattn.nn import SelectiveAttention
 from jattn.ops.selective import selective_attention
-from jattn.ops.selective_decode import cached_selective_attention
+from jattn.ops.selective_decode import (
+    cached_selective_attention,
+    prefill_selective_attention,
+)
 from jattn.pallas import tuning
 from jattn.pallas.selective import mosaic, work
 from jattn.pallas.selective import triton as kernel
@@ -48,6 +51,11 @@ CASES = {
     "memory": dict(t=1000, g=1, memory_tau=1.0),
     "memory, packed": dict(t=1000, b=2, g=4, packed=True, memory_tau=1.0),
     "memory, queries end the keys": dict(t=500, s=1000, g=8, memory_tau=0.3),
+    "a budget": dict(t=1000, b=2, budget=300, memory_tau=1.0),
+    "a budget, packed": dict(t=1000, b=2, g=1, packed=True, budget=200),
+    "a budget, width 80": dict(t=600, h=80, v=80, packed=True, budget=100),
+    "a budget, fp32": dict(t=600, dtype="fp32", budget=100, memory_tau=1.0),
+    "a budget, in chunks": dict(t=1000, budget=150, chunk_bytes=2**20),
 }
 
 
@@ -67,12 +75,13 @@ def inputs(case, seed=0):
     cotangents = normal(seed + 2, (b, t, k * g, v), (b, t, k * g), (b, t))
     # What the kernels get, everything gets.
     cotangents[0] = cotangents[0].astype(arrays[0].dtype)
-    options = {"segment_ids": segment_ids, "memory_tau": sizes.get("memory_tau")}
+    options = {name: sizes.get(name) for name in ("budget", "memory_tau")}
+    options["segment_ids"] = segment_ids
     return (*arrays, first_row), options, cotangents
 
 
 @functools.partial(
-    jax.jit, static_argnames=("implementation", "skip_error", "memory_tau")
+    jax.jit, static_argnames=("implementation", "budget", "skip_error", "memory_tau")
 )
 def value_and_gradients(arrays, cotangents, *, implementation, **options):
     """Output, log-sum-exp, M if asked for, and the gradients of all arrays."""
@@ -272,6 +281,64 @@ def test_decoding_passes_the_gate(dtype, group):
     assert_passes_gate(actual, decode(*arrays, "xla"), reference)
     assert not np.any(np.asarray(actual[0][2], np.float32))
     for x, y in zip(actual, decode(*arrays, None), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.parametrize("length", [512, 4096, 20_000])
+def test_evicts_what_the_jnp_form_does(length):
+    query, key = (
+        jnp.round(x.astype(jnp.float32)).astype(x.dtype)
+        for x in inputs({"t": length, "b": 2, "k": 1, "g": 1})[0][:2]
+    )
+    # Integers: F is exact, and many keys have the same.
+    budget = length // 8
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def prefill(implementation):
+        lengths = jnp.array([length, length - 100])
+        return prefill_selective_attention(
+            query,
+            key,
+            key,
+            lengths,
+            budget=budget,
+            skip_error=0.0,
+            scale=1.0,
+            implementation=implementation,
+        )
+
+    _, mask, held = prefill("triton")
+    _, expected_mask, expected = prefill("xla")
+    np.testing.assert_array_equal(held, expected)
+    np.testing.assert_array_equal(np.sum(held, axis=1), budget)
+    np.testing.assert_array_equal(mask[held], expected_mask[held])
+
+
+@pytest.mark.parametrize("budget", [None, 150])
+def test_prefill_passes_the_gate(budget):
+    arrays = inputs({"t": 1000, "b": 2})[0][:3]
+    lengths = jnp.array([1000, 700])
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def prefill(query, key, value, implementation):
+        return prefill_selective_attention(
+            query,
+            key,
+            value,
+            lengths,
+            budget=budget,
+            skip_error=0.0,
+            scale=128**-0.5,
+            implementation=implementation,
+        )
+
+    with jax.default_matmul_precision("highest"):
+        reference = prefill(*(x.astype(jnp.float32) for x in arrays), "xla")
+    actual = prefill(*arrays, "triton")
+    plain = prefill(*arrays, "xla")
+    assert_passes_gate(actual[:2], plain[:2], reference[:2])
+    np.testing.assert_array_equal(actual[2], reference[2])
+    for x, y in zip(actual, prefill(*arrays, None), strict=True):
         np.testing.assert_array_equal(x, y)
 
 

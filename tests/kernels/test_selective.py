@@ -8,9 +8,13 @@ import numpy as np
 import pytest
 
 from jattn.ops._common import document_starts
-from jattn.ops.selective import selection_mask, selective_attention
+from jattn.ops.selective import (
+    selection_mask,
+    selective_attention,
+    selective_eviction,
+)
 from jattn.pallas import _triton
-from jattn.pallas.selective import by_keys, unsupported, work
+from jattn.pallas.selective import by_keys, eviction, unsupported, work
 from jattn.pallas.selective import triton as kernel
 from tests.support import (
     assert_equal_up_to_rounding,
@@ -66,16 +70,19 @@ def value_and_gradients(attend, *arrays):
     return *outputs, *gradients
 
 
-def kernel_form(segment_ids=None, skip_error=0.0, scale=0.25, memory_tau=None):
+def kernel_form(
+    segment_ids=None, skip_error=0.0, scale=0.25, memory_tau=None, budget=None
+):
     starts = None if segment_ids is None else document_starts(segment_ids)
+    budget = None if budget is None else jnp.int32(budget)
 
     def attend(*arrays):
-        return kernel.attend(*arrays, starts, scale, skip_error, memory_tau)
+        return kernel.attend(*arrays, starts, budget, scale, skip_error, memory_tau)
 
     return jax.jit(functools.partial(value_and_gradients, attend))
 
 
-def xla_form(segment_ids=None, scale=0.25, memory_tau=None):
+def xla_form(segment_ids=None, scale=0.25, memory_tau=None, budget=None):
     def attend(*arrays):
         return selective_attention(
             *arrays[:3],
@@ -83,6 +90,7 @@ def xla_form(segment_ids=None, scale=0.25, memory_tau=None):
             segment_ids=segment_ids,
             scale=scale,
             memory_tau=memory_tau,
+            budget=budget,
             implementation="xla",
             return_lse=True,
         )
@@ -112,6 +120,50 @@ def test_memory_term_equals_the_jnp_forms(monkeypatch, case):
     expected = xla_form(segment_ids, memory_tau=0.7)(*arrays)
     assert len(actual) == 7
     jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+
+
+BUDGETS = {
+    "a budget": dict(b=2, t=63, n=3, k=1, h=24, v=8),
+    "two keys": dict(t=50, budget=2),
+    "more than there are": dict(t=40, budget=40),
+    "packed": dict(b=2, t=70, packed=True, budget=10),
+    "in chunks": dict(t=70, n=4, k=2, chunk_bytes=1),
+    "in chunks, packed": dict(t=70, packed=True, budget=15, chunk_bytes=1),
+    "with a memory term": dict(t=50, memory_tau=0.7),
+}
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("case", BUDGETS)
+def test_budgets_equal_the_jnp_forms(monkeypatch, case):
+    sizes = {"budget": 7} | BUDGETS[case]
+    monkeypatch.setattr(work, "CHUNK_BYTES", sizes.pop("chunk_bytes", 2**20))
+    options = {name: sizes.pop(name, None) for name in ("budget", "memory_tau")}
+    arrays, segment_ids = inputs(**sizes)
+    actual = kernel_form(segment_ids, **options)(*arrays)
+    expected = xla_form(segment_ids, **options)(*arrays)
+    jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+    if options["budget"] < 40:
+        plain = kernel_form(segment_ids, memory_tau=options["memory_tau"])(*arrays)
+        assert np.any(plain[0] != actual[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("packed", [False, True])
+def test_evicts_what_the_jnp_form_does_with_ties(monkeypatch, packed):
+    monkeypatch.setattr(work, "CHUNK_BYTES", 1)
+    # Integers: many keys have the same F.
+    (query, key, value, first_row), segment_ids = inputs(b=2, t=90, packed=packed)
+    query, key = jnp.round(query), jnp.round(key)
+    starts = document_starts(segment_ids) if packed else None
+    shared = work.Work(query, key, value, starts, 1.0, 0.0, None)
+    carries, _ = shared.carries(first_row)
+    actual = eviction.expiry(shared, carries, jnp.int32(9))[:, :90]
+    mask = selection_mask(query, key, segment_ids=segment_ids, scale=1.0)
+    ended = 90 if not packed else np.where(np.arange(90) < 30, 30, 90)
+    expected = selective_eviction(mask, budget=9, segment_ids=segment_ids)
+    np.testing.assert_array_equal(np.minimum(actual, ended), expected)
+    assert len(np.unique(actual)) > 30
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -231,9 +283,9 @@ def test_nothing_is_skipped_that_matters():
 def test_other_documents_may_hold_anything(other):
     arrays, _ = inputs(t=128)
     starts = document_starts(documents(64, 64))
-    plain = kernel.attend(*arrays, starts, 0.25, 0.0, 1.0)
+    plain = kernel.attend(*arrays, starts, None, 0.25, 0.0, 1.0)
     poisoned = [x.at[:, other].set(jnp.nan) for x in arrays[:3]]
-    changed = kernel.attend(*poisoned, arrays[3], starts, 0.25, 0.0, 1.0)
+    changed = kernel.attend(*poisoned, arrays[3], starts, None, 0.25, 0.0, 1.0)
     for x, y in zip(changed, plain, strict=True):
         x, y = (np.delete(z, other, axis=1) for z in (x, y))
         np.testing.assert_array_equal(x, y)
@@ -245,7 +297,8 @@ def test_the_kernels_mask_is_exact_where_nothing_is_forgotten():
     t = 40
     (query, key, _, first_row), _ = inputs(t=t, n=2, k=1)
     query = query.at[:, :, 1].set(0)
-    out, *_ = kernel.attend(query, key, jnp.eye(t)[None, :, None], first_row, None, 1.0)
+    value = jnp.eye(t)[None, :, None]
+    out, *_ = kernel.attend(query, key, value, first_row, None, None, 1.0)
     weights = np.asarray(out)[0, :, 1]
     mask = np.asarray(selection_mask(query, key, scale=1.0))[0]
     visible = np.tril(np.ones((t, t)))
@@ -281,7 +334,7 @@ def test_the_operation_runs_it_on_request(monkeypatch):
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
     starts = document_starts(segment_ids)
     first_row = jnp.zeros(segment_ids.shape)
-    expected = kernel.attend(*arrays, first_row, starts, 0.25, 0.0, 0.7)
+    expected = kernel.attend(*arrays, first_row, starts, None, 0.25, 0.0, 0.7)
     actual = attend(implementation="triton", return_lse=True, memory_tau=0.7)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 
@@ -309,6 +362,16 @@ def test_compiles_to_matrix_instructions_for_hopper(
         assert shared_bytes <= 227 * 1024
 
 
+def test_evictions_compile_for_hopper(compile_triton):
+    def evict(query, key, carries):
+        shared = work.Work(query, key, key, None, 1.0, 0.0, None)
+        return eviction.expiry(shared, carries, jnp.int32(512))
+
+    keys = jax.ShapeDtypeStruct((1, 2**15, 2, 64), jnp.bfloat16)
+    carries = jax.ShapeDtypeStruct((1, 2**8, 2**15), jnp.float32)
+    assert "eviction_kernel" in compile_triton(evict, keys, keys, carries)
+
+
 def test_wide_keys_in_fp32_fit_into_shared_memory(compile_triton):
     def shape(*sizes):
         return jax.ShapeDtypeStruct(sizes, jnp.float32)
@@ -327,7 +390,11 @@ def test_wide_keys_in_fp32_fit_into_shared_memory(compile_triton):
         ({"dtype": jnp.float64}, "must all be bf16, fp16 or fp32, not float64"),
         ({"key": (2, 0, 2, 8)}, "an array is empty"),
         ({"scale": -1.0}, "scale must be positive, not -1.0"),
-        ({"budget": 8}, "it has no budget"),
+        ({"budget": 8}, None),
+        (
+            {"budget": 8, "key": (2, 2**16 + 1, 2, 8)},
+            "with a budget it takes 65536 keys, not 65537",
+        ),
     ],
 )
 def test_says_what_it_does_not_support(monkeypatch, changes, reason):

@@ -1,4 +1,4 @@
-"""The kernel of Selective Attention's decoding in Triton's interpreter."""
+"""Selective Attention's decoding and prefill in Triton's interpreter."""
 
 import functools
 
@@ -7,7 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.ops.selective_decode import cached_selective_attention
+from jattn.ops.selective_decode import (
+    cached_selective_attention,
+    prefill_selective_attention,
+)
 from jattn.pallas import _triton, tuning
 from jattn.pallas.selective import decode as kernel
 from jattn.pallas.selective import decode_unsupported
@@ -96,6 +99,46 @@ def test_several_queries_take_the_jnp_form():
     jax.tree.map(
         np.testing.assert_array_equal, actual, decode("xla", *arrays, **options)
     )
+
+
+def prefill(implementation, *arrays, budget):
+    return prefill_selective_attention(
+        *arrays,
+        budget=budget,
+        skip_error=0.0,
+        scale=0.25,
+        implementation=implementation,
+    )
+
+
+@pytest.mark.usefixtures("available")
+@pytest.mark.parametrize("budget", [None, 7])
+def test_prefill_equals_the_jnp_form(budget):
+    arrays = normal(0, (3, 40, 4, 24), (3, 40, 2, 24), (3, 40, 2, 8))
+    lengths = jnp.array([40, 23, 0])
+    actual = prefill("triton", *arrays, lengths, budget=budget)
+    expected = prefill("xla", *arrays, lengths, budget=budget)
+    for x, y in zip(actual[:2], expected[:2], strict=True):
+        assert_equal_up_to_rounding(x, y)
+    np.testing.assert_array_equal(actual[2], expected[2])
+    held = np.sum(expected[2], axis=1)
+    np.testing.assert_array_equal(held, np.minimum(lengths, budget or 40))
+
+
+@pytest.mark.usefixtures("available")
+def test_gradients_of_prefill_are_those_of_the_jnp_form():
+    arrays = normal(0, (2, 33, 2, 16), (2, 33, 1, 16), (2, 33, 1, 16))
+
+    def loss(implementation, *arrays):
+        lengths = jnp.array([33, 20])
+        out, mask, _ = prefill(implementation, *arrays, lengths, budget=7)
+        return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(mask))
+
+    gradients = (
+        jax.grad(functools.partial(loss, x), argnums=(0, 1, 2))(*arrays)
+        for x in ("triton", "xla")
+    )
+    jax.tree.map(assert_equal_up_to_rounding, *gradients)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,13 @@ CASES = {
         memory_tau=0.7,
         tiling=mosaic.Tiling(1, 1, 64, 1, 4, 2, 2),
     ),
+    "a budget": dict(
+        t=200,
+        n=1,
+        budget=30,
+        memory_tau=0.7,
+        tiling=mosaic.Tiling(1, 1, 64, 1, 4, 2, 2),
+    ),
 }
 
 
@@ -73,11 +80,12 @@ def run(arrays, tiling, **options):
 @pytest.mark.parametrize("name", CASES)
 def test_equals_the_jnp_form(monkeypatch, name):
     case = dict(CASES[name])
-    tiling, memory_tau = case.pop("tiling"), case.pop("memory_tau", None)
+    tiling = case.pop("tiling")
+    options = {name: case.pop(name, None) for name in ("budget", "memory_tau")}
     chunk_bytes = case.pop("chunk_bytes", work.CHUNK_BYTES)
     monkeypatch.setattr(work, "CHUNK_BYTES", chunk_bytes)
     lengths = case.pop("lengths", None)
-    segment_ids = None if lengths is None else documents(*lengths)
+    options["segment_ids"] = None if lengths is None else documents(*lengths)
     arrays = inputs(**case)
 
     def plain(arrays):
@@ -85,13 +93,12 @@ def test_equals_the_jnp_form(monkeypatch, name):
         return selective_attention(
             *arrays,
             initial_mask=first_row,
-            segment_ids=segment_ids,
-            memory_tau=memory_tau,
             return_lse=True,
             implementation="xla",
+            **options,
         )
 
-    actual = run(arrays, tiling, segment_ids=segment_ids, memory_tau=memory_tau)
+    actual = run(arrays, tiling, **options)
     exact = plain([x.astype(jnp.float32) for x in arrays])
     for x, y, expected in zip(actual, plain(arrays), exact, strict=True):
         assert x.shape == y.shape

@@ -73,7 +73,7 @@ def backward(monkeypatch):
             requests = [stack.enter_context(tuning.force(*x)) for x in forced.items()]
             # Not under jit, which would run both kernels at the same time. While a
             # kernel of F is interpreted, no other can be traced.
-            carries = jax.block_until_ready(work.carries(first_row))
+            carries, _ = jax.block_until_ready(work.carries(first_row))
             results = kernel.backward(
                 work, carries, out.astype(query.dtype), lse, *cotangents
             )

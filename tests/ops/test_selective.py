@@ -92,17 +92,15 @@ def slow_attention(query, key, value, budget=None, segments=None, scale=None):
     return out, lse
 
 
-def slow_memory(mask, tau, segments=None):
+def slow_memory(mask, tau, segments=None, budget=None):
     """M of every query."""
     mask = np.asarray(mask)
+    held = slow_stream(mask, budget, segments)
     b, t, _ = mask.shape
     memory = np.zeros((b, t))
     for row, i in np.ndindex(b, t):
-        start = document_start(segments, row, i)
-        count = i - start + 1
-        memory[row, i] = count - sum(
-            min(mask[row, i, j], tau) / tau for j in range(start, i + 1)
-        )
+        seen = held[row][i]
+        memory[row, i] = sum(1 - min(mask[row, i, j], tau) / tau for j in seen)
     return memory
 
 
@@ -172,15 +170,18 @@ def test_a_budget_equals_streaming_token_by_token(t, budget, packed):
     def compute(query, key, value, mask):
         options = {"budget": budget, "segment_ids": segments}
         return jattn.selective_eviction(mask, **options), *jattn.selective_attention(
-            query, key, value, return_lse=True, **options
+            query, key, value, return_lse=True, memory_tau=0.8, **options
         )
 
-    eviction, out, lse = compute(query, key, value, jnp.asarray(mask, jnp.float32))
+    eviction, out, lse, memory = compute(
+        query, key, value, jnp.asarray(mask, jnp.float32)
+    )
     assert eviction.dtype == jnp.int32
     np.testing.assert_array_equal(eviction, slow_eviction(mask, budget, segments))
     slow_out, slow_lse = slow_attention(query, key, value, budget, segments)
     assert_equal_up_to_rounding(out, slow_out)
     assert_equal_up_to_rounding(lse, slow_lse)
+    assert_equal_up_to_rounding(memory, slow_memory(mask, 0.8, segments, budget))
 
 
 def test_fp64_stays_fp64(x64):
@@ -480,6 +481,22 @@ def test_wrong_shapes_are_named(changes, message):
 def test_wrong_options_are_named(options, error, message):
     with pytest.raises(error, match=message):
         jattn.selective_attention(*qkv(), **options)
+
+
+def test_a_budget_may_be_an_array():
+    query, key, value = qkv(seed=1, t=14)
+
+    @jax.jit
+    def attend(budget):
+        return jattn.selective_attention(query, key, value, budget=budget)
+
+    for budget in (3, 8):
+        expected = jattn.selective_attention(query, key, value, budget=budget)
+        assert_equal_up_to_rounding(attend(jnp.int32(budget)), expected)
+    assert attend._cache_size() == 1
+    for budget in (jnp.zeros(2, jnp.int32), jnp.float32(3)):
+        with pytest.raises(ValueError, match="budget must be an integer"):
+            attend(budget)
 
 
 def test_a_budget_needs_all_queries():

@@ -8,7 +8,13 @@ import hypothesis.strategies as st
 import pytest
 import tyro
 
-from jattn.train import ModelConfig, OptimizerConfig, TrainConfig, UserError
+from jattn.train import (
+    ModelConfig,
+    OptimizerConfig,
+    SelectiveConfig,
+    TrainConfig,
+    UserError,
+)
 from jattn.train.config import SCHEMES, differences
 
 
@@ -95,3 +101,8 @@ def test_megabyte_needs_whole_patches(data, message):
         dataclasses.replace(
             config, model=model, data=dataclasses.replace(config.data, **data)
         )
+
+
+def test_only_a_part_of_the_softmax_weight_may_be_skipped():
+    with pytest.raises(UserError, match="at least 0 and less than 1; got 1"):
+        SelectiveConfig(skip_error=1.0)

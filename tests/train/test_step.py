@@ -205,7 +205,7 @@ def test_the_memory_loss_is_minimised_with_its_weight_and_tau():
         setup = Setup(
             scheme="selective",
             memory_loss_weight=weight,
-            selective=SelectiveConfig(memory_tau=tau),
+            selective=SelectiveConfig(memory_tau=tau, skip_error=1e-3),
         )
         sgd = optax.sgd(1.0)
         step = make_train_step(setup.model, sgd, setup.config, 256)
@@ -229,6 +229,7 @@ def test_the_memory_loss_is_minimised_with_its_weight_and_tau():
     (layer,) = setup.model.budget_layers()
     mixer = setup.model.bind({})._blocks(parent=None)._mixer(layer)
     assert (mixer.memory_tau, mixer.padding_segment) == (0.2, 0)
+    assert mixer.skip_error == 1e-3
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
