@@ -8,8 +8,8 @@ from jattn.pallas import _triton
 MAX_WIDTH = 256
 # Query heads of a kv head are the rows of a tile in decoding.
 MAX_GROUP = 64
-# With a budget one program has them all in registers.
-MAX_BUDGET_KEYS = 2**16
+# With a budget, a bit of each is in the registers of one program.
+MAX_BUDGET_KEYS = 2**17
 
 
 def unsupported(

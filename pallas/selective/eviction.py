@@ -3,8 +3,8 @@
 Letters as in `jattn.pallas.selective.triton`; there are as many queries as keys.
 """
 
-# A type checker does not see what a constexpr stands for.
-# pyright: reportOperatorIssue=false
+# A type checker sees neither that static_range unrolls nor what a constexpr stands for.
+# pyright: reportGeneralTypeIssues=false, reportOperatorIssue=false
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +16,9 @@ from jattn.pallas.selective import work as shared
 from jattn.pallas.selective.mask import _first_seen, _place_in_fragments
 from jattn.pallas.selective.work import Work, chunks_of, firsts
 
-# One program goes through the queries of a row, and has all keys in its registers.
-COLUMNS_PER_WARP = 256
+# One program goes through the queries of a row: warps, and keys of one at a time.
 MAX_WARPS = 32
+KEYS_PER_WARP = 256
 
 
 def expiry(work: Work, carries: jax.Array, budget: jax.Array) -> jax.Array:
@@ -39,6 +39,7 @@ def expiry(work: Work, carries: jax.Array, budget: jax.Array) -> jax.Array:
     size = 4 * work.batch * work.columns
     chunks, chunk = chunks_of(work.rows, size, shared.CHUNK_BYTES)
     columns = triton.next_power_of_2(work.columns)
+    warps = min(triton.cdiv(columns, KEYS_PER_WARP), MAX_WARPS)
 
     def step(expiry, first):
         region = jnp.stack([first, jnp.zeros_like(first)])
@@ -56,9 +57,10 @@ def expiry(work: Work, carries: jax.Array, budget: jax.Array) -> jax.Array:
             outputs=[],
             updated=[4],
             grid=(1, work.batch),
-            num_warps=min(max(columns // COLUMNS_PER_WARP, 4), MAX_WARPS),
+            num_warps=warps,
             num_stages=1,
             CHUNK=chunk,
+            KEYS=min(columns, warps * KEYS_PER_WARP),
             COLUMNS=columns,
             PACKED=work.packed,
         )
@@ -79,24 +81,44 @@ def eviction_kernel(
     keys,
     columns,
     CHUNK: tl.constexpr,
+    KEYS: tl.constexpr,
     COLUMNS: tl.constexpr,
     PACKED: tl.constexpr,
 ):
-    """Goes through a chunk of the queries of one row, each of which may drop a key."""
+    """Goes through a chunk of the queries of one row, each of which may drop a key.
+
+    Which keys have been dropped is in registers: bit i of column c is that of key
+    ``i KEYS + c``.
+    """
     batch = tl.program_id(1).to(tl.int64)
     first_token = tl.load(region_ptr)
     budget = tl.load(budget_ptr)
-    column = tl.arange(0, COLUMNS)
-    expiry_ptr += batch * columns + column
-    expiry = tl.load(expiry_ptr, mask=column < columns, other=0)
+    column = tl.arange(0, KEYS)
+    expiry_ptr += batch * columns
     bias_ptr += batch * CHUNK * columns
-    for token in range(first_token, tl.minimum(first_token + CHUNK, queries)):
+    dropped = tl.zeros([KEYS], tl.int32)
+    for i in tl.static_range(COLUMNS // KEYS):
+        key = i * KEYS + column
+        expiry = tl.load(expiry_ptr + key, mask=key < columns, other=0)
+        dropped |= (expiry < queries).to(tl.int32) << i
+
+    end = tl.minimum(first_token + CHUNK, queries)
+    for token in range(tl.maximum(first_token, budget), end):
         start = _first_seen(starts_ptr, batch, token, queries, keys, PACKED)
-        # From here on, a document has as many keys as it may, and one more.
-        if token - start >= budget:
-            held = (start < column) & (column < token) & (token < expiry)
-            place = _place_in_fragments(token - first_token, column, columns)
-            bias = tl.load(bias_ptr + place, mask=held, other=float("inf"))
-            forgotten = tl.argmin(bias, axis=0, tie_break_left=True)
-            expiry = tl.where(column == forgotten, token, expiry)
-    tl.store(expiry_ptr, expiry, mask=column < columns)
+        # Until a document has more keys than it may, none is dropped.
+        past = tl.where(token - start >= budget, token, 0)
+        least = tl.full([KEYS], float("inf"), tl.float32)
+        place = tl.full([KEYS], COLUMNS, tl.int32)
+        for i in tl.static_range(COLUMNS // KEYS):
+            if i * KEYS < past:
+                key = i * KEYS + column
+                held = (start < key) & (key < past) & ((dropped >> i & 1) == 0)
+                number = _place_in_fragments(token - first_token, key, columns)
+                bias = tl.load(bias_ptr + number, mask=held, other=float("inf"))
+                place = tl.where(bias < least, key, place)
+                least = tl.minimum(bias, least)
+        place = tl.where(least == tl.min(least, axis=0), place, COLUMNS)
+        forgotten = tl.min(place, axis=0)
+        bit = 1 << forgotten // KEYS
+        dropped |= tl.where(column == forgotten % KEYS, bit, 0)
+        tl.store(expiry_ptr + forgotten, token, mask=forgotten < columns)

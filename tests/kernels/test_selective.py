@@ -152,6 +152,8 @@ def test_budgets_equal_the_jnp_forms(monkeypatch, case):
 @pytest.mark.parametrize("packed", [False, True])
 def test_evicts_what_the_jnp_form_does_with_ties(monkeypatch, packed):
     monkeypatch.setattr(work, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(eviction, "KEYS_PER_WARP", 16)
+    monkeypatch.setattr(eviction, "MAX_WARPS", 2)
     # Integers: many keys have the same F.
     (query, key, value, first_row), segment_ids = inputs(b=2, t=90, packed=packed)
     query, key = jnp.round(query), jnp.round(key)
@@ -392,8 +394,8 @@ def test_wide_keys_in_fp32_fit_into_shared_memory(compile_triton):
         ({"scale": -1.0}, "scale must be positive, not -1.0"),
         ({"budget": 8}, None),
         (
-            {"budget": 8, "key": (2, 2**16 + 1, 2, 8)},
-            "with a budget it takes 65536 keys, not 65537",
+            {"budget": 8, "key": (2, 2**17 + 1, 2, 8)},
+            "with a budget it takes 131072 keys, not 131073",
         ),
     ],
 )
