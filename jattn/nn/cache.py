@@ -5,6 +5,9 @@ can donate it. Rows of a batch may be of different length: `length` counts the t
 each row holds, and a call says how many of its T new tokens are real in each row.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -56,6 +59,31 @@ def new_positions(start: jax.Array, lengths: jax.Array, count: int) -> jax.Array
     """
     offsets = jnp.arange(count, dtype=jnp.int32)
     return jnp.where(offsets < lengths[:, None], start[:, None] + offsets, -1)
+
+
+def attend(
+    length: jax.Array,
+    count: int,
+    first: Callable[..., Any],
+    later: Callable[..., Any],
+    *operands: Any,
+) -> Any:
+    """Attention of new tokens to each other and to what a cache holds.
+
+    Args:
+      length: int32 [B], tokens the cache has seen.
+      count: New tokens T, padding included.
+      first: Attends among new tokens alone: for prompts, which have many, there are
+        faster ways than the one that also reads a cache.
+      later: Attends to both.
+      *operands: Of either.
+
+    Returns:
+      What the one that is needed returns; both return the like.
+    """
+    if count == 1:
+        return later(*operands)
+    return jax.lax.cond(jnp.any(length > 0), later, first, *operands)
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:

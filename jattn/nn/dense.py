@@ -93,14 +93,7 @@ class DenseAttention(nn.Module):
             key = rope(key, positions, self.rope_base)
 
         if cache is None:
-            out = dense_attention(
-                query,
-                key,
-                value,
-                window=self.window,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-            )
+            out = self._attend(query, key, value, segment_ids)
         else:
             out, cache = self._attend_cached(
                 query, key, value, positions, lengths, cache
@@ -108,9 +101,21 @@ class DenseAttention(nn.Module):
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
+    def _attend(self, query, key, value, segment_ids=None):
+        """Attention among the tokens of a call."""
+        return dense_attention(
+            query,
+            key,
+            value,
+            window=self.window,
+            segment_ids=segment_ids,
+            implementation=self.implementation,
+        )
+
     def _attend_cached(self, query, key, value, positions, lengths, cache):
         """Attention to the cache and the new tokens; the cache with those written."""
         b, capacity = cache.key.shape[:2]
+        new = key, value
         if self.window is None:
             key = caches.write(cache.key, key, positions)
             value = caches.write(cache.value, value, positions)
@@ -127,14 +132,24 @@ class DenseAttention(nn.Module):
             key_positions = jnp.concatenate([held, positions], axis=1)
             key = caches.write_ring(cache.key, key, positions)
             value = caches.write_ring(cache.value, value, positions)
-        out, _ = attend_positions(
-            query,
-            keys.astype(query.dtype),
-            values.astype(query.dtype),
-            query_positions=positions,
-            key_positions=key_positions,
-            window=self.window,
-            scale=_common.default_scale(None, self.head_dim),
+
+        def later(query, new, keys, values):
+            out, _ = attend_positions(
+                query,
+                keys.astype(query.dtype),
+                values.astype(query.dtype),
+                query_positions=positions,
+                key_positions=key_positions,
+                window=self.window,
+                scale=_common.default_scale(None, self.head_dim),
+            )
+            return out
+
+        def first(query, new, keys, values):
+            return self._attend(query, *new)
+
+        out = caches.attend(
+            cache.length, query.shape[1], first, later, query, new, keys, values
         )
         length = cache.length + lengths
         return out, cache.replace(key=key, value=value, length=length)

@@ -160,22 +160,17 @@ class MixtureOfBlockAttention(nn.Module):
             query = rope(query, positions, self.rope_base)
             key = rope(key, positions, self.rope_base)
 
-        if cache is not None:
-            cache = self._write(key, value, positions, lengths, cache)
-            attend = (
-                self._attend_cached_fully if full_attention else self._attend_cached
-            )
-            out = attend(query, positions, cache)
-        elif full_attention:
-            out = dense_attention(
-                query,
-                key,
-                value,
-                segment_ids=segment_ids,
-                implementation=self.implementation,
-            )
-        else:
-            out = mixture_of_block_attention(
+        def attend(query, key, value):
+            """Attention among the tokens of this call."""
+            if full_attention:
+                return dense_attention(
+                    query,
+                    key,
+                    value,
+                    segment_ids=segment_ids,
+                    implementation=self.implementation,
+                )
+            return mixture_of_block_attention(
                 query,
                 key,
                 value,
@@ -184,6 +179,23 @@ class MixtureOfBlockAttention(nn.Module):
                 segment_ids=segment_ids,
                 implementation=self.implementation,
             )
+
+        if cache is None:
+            out = attend(query, key, value)
+        else:
+            held = cache.length
+            cache = self._write(key, value, positions, lengths, cache)
+            attend_cached = (
+                self._attend_cached_fully if full_attention else self._attend_cached
+            )
+
+            def first(query, new, cache):
+                return attend(query, *new)
+
+            def later(query, new, cache):
+                return attend_cached(query, positions, cache)
+
+            out = caches.attend(held, t, first, later, query, (key, value), cache)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 

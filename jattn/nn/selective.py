@@ -144,22 +144,18 @@ class SelectiveAttention(nn.Module):
         else:
             # A cache of fewer slots than the budget has one for each of its tokens.
             pruned = self.budget is not None and cache.position.shape[1] >= self.budget
-            attend = functools.partial(
+            later = functools.partial(
                 attend_pruned if pruned else _attend_cached,
                 implementation=self.implementation,
             )
+            first = functools.partial(
+                _prefill,
+                budget=self.budget if pruned else None,
+                skip_error=self.skip_error,
+                implementation=self.implementation,
+            )
             arrays = query, key, value, positions, cache
-            if t == 1:
-                out, cache = attend(*arrays)
-            else:
-                prefill = functools.partial(
-                    _prefill,
-                    budget=self.budget if pruned else None,
-                    skip_error=self.skip_error,
-                    implementation=self.implementation,
-                )
-                goes_on = jnp.any(cache.length > 0)
-                out, cache = jax.lax.cond(goes_on, attend, prefill, *arrays)
+            out, cache = caches.attend(cache.length, t, first, later, *arrays)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
