@@ -9,7 +9,7 @@ model gains over the dense one:
 
 jattn train --model.scheme dense --out runs/dense
 jattn train --model.scheme selective --out runs/selective
-jattn prune runs/selective --slack 0.0123 --fraction 0.25 --decrement 2 --batches 2
+jattn prune runs/selective --slack 0.0123 --fraction 0.125 --decrement 2 --batches 2
 jattn eval runs/selective
 """
 
@@ -134,7 +134,7 @@ def measure(
     config: TrainConfig,
     folder: pathlib.Path,
     *,
-    fraction: float = 0.25,
+    fraction: float = 0.125,
     decrement: int = 2,
     batches: int = 2,
     deadline: float = math.inf,
