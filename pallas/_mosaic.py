@@ -82,6 +82,7 @@ def call(
     name: str,
     producers: int = 1,
     cluster: Mapping[str, int] = MappingProxyType({}),
+    automatic_barriers: bool = True,
 ) -> list[jax.Array]:
     """Runs a kernel whose thread blocks are consumers and producers, a warpgroup each.
 
@@ -97,6 +98,10 @@ def call(
       name: Of the kernel, in profiles.
       producers: Warpgroups that load.
       cluster: Thread blocks of a cluster along each axis by its name; of none if empty.
+      automatic_barriers: Whether a warpgroup's threads wait for each other before and
+        after whatever they store, and before each copy. A kernel that turns this off
+        has waits of its own wherever one thread overwrites or reads what another one
+        has used or written; the interpreter does not see if one is missing.
 
     Returns:
       The outputs.
@@ -111,6 +116,7 @@ def call(
         cluster=tuple(cluster.items()),
         warpgroups=consumers + producers,
         name=name,
+        automatic_barriers=automatic_barriers,
     )
     return _triton.vary_like(results, operands)
 
@@ -127,10 +133,20 @@ def call(
         "cluster",
         "warpgroups",
         "name",
+        "automatic_barriers",
     ),
 )
 def _run(
-    *operands, kernel, constants, outputs, memory, grid, cluster, warpgroups, name
+    *operands,
+    kernel,
+    constants,
+    outputs,
+    memory,
+    grid,
+    cluster,
+    warpgroups,
+    name,
+    automatic_barriers,
 ):
     return plgpu.kernel(
         functools.partial(kernel, **dict(constants)),
@@ -144,7 +160,9 @@ def _run(
         thread_name="warpgroup",
         kernel_name=name,
         compiler_params=plgpu.CompilerParams(
-            approx_math=True, reduction_scratch_bytes=0
+            approx_math=True,
+            reduction_scratch_bytes=0,
+            unsafe_no_auto_barriers=not automatic_barriers,
         ),
         interpret=interpretation(),
     )(*operands)

@@ -2,9 +2,10 @@
 
 As forward, a tile of 64 rows, the G heads of some queries, meets one block, and tiles
 are in order of their block. Each of a thread block's two consumers does as many
-adjacent tiles as any other, whatever blocks they are of, and has a producer of its own:
-that loads a block once, and queries and the output's gradient by rows of G heads from
-wherever they are. Of the tile's probabilities P and the gradient dS of its logits,
+adjacent tiles as any other, whatever blocks they are of, and has two warps of its own.
+One loads a block once, and queries and the output's gradient by rows of G heads from
+wherever they are; the other one stores the queries' gradient. Of the tile's
+probabilities P and the gradient dS of its logits,
 
     dV += P' dO    dK += dS' Q    dQ = dS K
 
@@ -40,7 +41,7 @@ from jattn.pallas.block_sparse.mosaic_backward_work import (
 )
 from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, ROWS, Sizes
 
-# Columns of dQ at a time. All at once, they would take registers from dK and dV.
+# Columns of dQ that are written while the product for others goes on.
 COLUMNS = 64
 
 # How a consumer's threads share a number per row, all of which are columns here.
@@ -115,8 +116,11 @@ def partial_gradients(
         memory=memory_types(sizes, query.dtype),
         grid={"program": ranges.shape[1] // CONSUMERS, "kv_row": sizes.rows},
         consumers=CONSUMERS,
-        producers=CONSUMERS,
         name="block_sparse_backward",
+        # Threads wait for each other in commit_smem: after storing dS and their last
+        # products with dO, and after those with dS and storing dQ over dO. All else is
+        # written by copies, which wait for all threads by a barrier.
+        automatic_barriers=False,
     )
     return of_pairs.reshape(shape), of_keys, of_values
 
@@ -147,24 +151,28 @@ def _kernel(*refs, sizes: Sizes, interpreted: bool, **memory):
     memory = Memory(**memory)
     warpgroup = lax.axis_index("warpgroup")
 
-    @pl.when(warpgroup >= CONSUMERS)
+    @pl.when(warpgroup == CONSUMERS)
     def _():
         plgpu.set_max_registers(24, action="decrease")
-        consumer = warpgroup - CONSUMERS
-        work = work_of(*plan, consumer=consumer, sizes=sizes)
-        rows = query, out_gradient, statistics
-        _Producer(*rows, key, value, consumer, memory, work).run()
+
+        @plgpu.warp_map
+        def _(warp):
+            task, consumer = div_rem(warp, CONSUMERS)
+            work = work_of(*plan, consumer=consumer, sizes=sizes)
+            rows = query, out_gradient, statistics
+            loader = _Loader(*rows, key, value, consumer, memory, work)
+            pl.when(task == 0)(loader.run)
+            pl.when(task == 1)(_Storer(of_pairs, consumer, memory, work).run)
 
     @pl.when(warpgroup < CONSUMERS)
     def _():
-        plgpu.set_max_registers(232, action="increase")
+        plgpu.set_max_registers(240, action="increase")
         work = work_of(*plan, consumer=warpgroup, sizes=sizes)
-        targets = of_pairs, of_keys, of_values
-        _Consumer(*targets, warpgroup, memory, work, interpreted).run()
+        _Consumer(of_keys, of_values, warpgroup, memory, work, interpreted).run()
 
 
 @dataclasses.dataclass(frozen=True)
-class _Producer:
+class _Loader:
     """Loads everything in the order in which its consumer needs it."""
 
     query: Any
@@ -189,7 +197,7 @@ class _Producer:
     def _load_block(self, block: Block):
         memory, chunk, me = self.memory, self.work.chunk, self.consumer
         plgpu.barrier_wait(memory.block_empty.at[me])
-        keys = pl.ds(pl.multiple_of(block.index * BLOCK, BLOCK), BLOCK)
+        keys = pl.ds(block.index * BLOCK, BLOCK)
         for source, target in ((self.key, memory.key), (self.value, memory.value)):
             plgpu.copy_gmem_to_smem(
                 source.at[chunk.batch, keys, chunk.kv_head],
@@ -197,9 +205,9 @@ class _Producer:
                 memory.block_full.at[me],
             )
 
-        def load_tile(tile, _):
-            _, pairs = self.work.pairs_of(block, tile)
-            self._load_rows(block.before + tile, [token for token, _ in pairs])
+        def load_tile(turn, _):
+            _, pairs = self.work.pairs_of(block, block.tile(turn))
+            self._load_rows(block.before + turn, [token for token, _ in pairs])
 
         lax.fori_loop(0, block.tiles, load_tile, None)
 
@@ -223,11 +231,52 @@ class _Producer:
 
 
 @dataclasses.dataclass(frozen=True)
+class _Storer:
+    """Stores dQ from where dO was, which is then empty."""
+
+    of_pairs: Any
+    consumer: jax.Array
+    memory: Memory
+    work: Work
+
+    def run(self):
+        """Stores all."""
+        for slot in range(SLOTS):
+            self._release(slot)
+        self.work.run(self._store_block)
+
+    def _release(self, slot):
+        barrier = self.consumer * SLOTS + slot
+        plgpu.barrier_arrive(self.memory.out_gradient_empty.at[barrier])
+
+    def _store_block(self, block: Block):
+        memory, chunk, sizes = self.memory, self.work.chunk, self.work.sizes
+
+        def store_tile(turn, _):
+            first, pairs = self.work.pairs_of(block, block.tile(turn))
+            slot = div_rem(block.before + turn, SLOTS)[1]
+            barrier = self.consumer * SLOTS + slot
+            staged = memory.out_gradient.at[self.consumer, slot]
+            plgpu.barrier_wait(memory.query_gradient_full.at[barrier])
+            for i, (token, place) in enumerate(pairs):
+                target = (token * sizes.rows + chunk.kv_row) * sizes.slots + place
+
+                @pl.when(first + i < block.end)
+                def _(i=i, target=target):
+                    rows = staged.at[pl.ds(i * sizes.group, sizes.group)]
+                    plgpu.copy_smem_to_gmem(rows, self.of_pairs.at[target])
+
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            self._release(slot)
+
+        lax.fori_loop(0, block.tiles, store_tile, None)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Consumer:
-    """Adds up what its tiles give to their blocks, and writes what they give to rows.
+    """Adds up what its tiles give to their blocks, and makes what they give to rows.
 
     Attributes:
-      of_pairs: [L M R n, G, H].
       of_keys: [M, U, BLOCK, H].
       of_values: [M, U, BLOCK, H].
       me: Which of the thread block's consumers.
@@ -236,7 +285,6 @@ class _Consumer:
       interpreted: Whether the kernel is.
     """
 
-    of_pairs: Any
     of_keys: Any
     of_values: Any
     me: jax.Array
@@ -250,22 +298,10 @@ class _Consumer:
         plgpu.barrier_arrive(memory.block_empty.at[self.me])
         for slot in range(SLOTS):
             plgpu.barrier_arrive(memory.query_empty.at[self._barrier(slot)])
-            plgpu.barrier_arrive(memory.out_gradient_empty.at[self._barrier(slot)])
         self.work.run(self._attend_block)
-        self._release(self.work.tiles)
 
-    def _barrier(self, number):
-        slot = number if isinstance(number, int) else div_rem(number, SLOTS)[1]
+    def _barrier(self, slot):
         return self.me * SLOTS + slot
-
-    def _release(self, number):
-        """Lets the producer overwrite what the tile before this one has written."""
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-        @pl.when(number > 0)
-        def _():
-            barrier = self._barrier(number - 1)
-            plgpu.barrier_arrive(self.memory.out_gradient_empty.at[barrier])
 
     def _attend_block(self, block: Block):
         memory, work, tokens = self.memory, self.work, self.work.sizes.tokens
@@ -286,11 +322,11 @@ class _Consumer:
         for target, total in zip((self.of_keys, self.of_values), carry, strict=True):
             _mosaic.store(target.at[work.chunk.kv_row, block.unit], total)
 
-    def _attend(self, block: Block, whole, tile, carry):
-        """Adds what a tile gives to dK and dV, and writes what its rows get."""
-        number = block.before + tile
-        plgpu.barrier_wait(self.memory.rows_full.at[self._barrier(number)])
-        slot = div_rem(number, SLOTS)[1]
+    def _attend(self, block: Block, whole, turn, carry):
+        """Adds what a tile gives to dK and dV, and stages what its rows get."""
+        tile = block.tile(turn)
+        slot = div_rem(block.before + turn, SLOTS)[1]
+        plgpu.barrier_wait(self.memory.rows_full.at[self._barrier(slot)])
         logits, gradient = (self._per_row(slot, i) for i in range(2))
         logits = lax.cond(
             (tile < whole[0]) | (tile >= whole[1]),
@@ -299,8 +335,10 @@ class _Consumer:
             logits,
         )
         multiply = self._multiply_interpreted if self.interpreted else self._multiply
-        write = functools.partial(self._write, block, tile)
-        return multiply(number, write, logits, gradient, *carry)
+        carry = multiply(slot, logits, gradient, *carry)
+        full = self.memory.query_gradient_full.at[self._barrier(slot)]
+        plgpu.barrier_arrive(full)
+        return carry
 
     def _per_row(self, slot, which):
         """One of the two numbers of each row, for each key."""
@@ -326,26 +364,23 @@ class _Consumer:
         seen = key <= lax.broadcast_in_dim(last, key.shape, [1])
         return jnp.where(seen, logits, -jnp.inf)
 
-    def _multiply(self, number, write, *totals):
-        """Adds what a tile gives to dK and dV, and writes its dQ.
+    def _multiply(self, slot, *totals):
+        """Adds what a tile gives to dK and dV, and stages its dQ.
 
         Args:
-          number: Tiles before.
-          write: Writes dQ, given dS in shared memory.
+          slot: The tile's.
           *totals: What the tile's logits and dP are added to, dK and dV.
 
         Returns:
           dK and dV.
         """
         memory, me = self.memory, self.me
-        slot = div_rem(number, SLOTS)[1]
         key, value, query, out_gradient = self._operands(slot)
 
         def multiply(references):
             logits, gradient, key_gradient, value_gradient = references
             plgpu.wgmma(logits, key, query.transpose((1, 0)))
             plgpu.wgmma(gradient, value, out_gradient.transpose((1, 0)))
-            self._release(number)
             weights = self._weigh(plgpu.wgmma_accumulator_load(logits, wait_n=1))
             # Both only now: there are no registers for what a product still reads.
             gradient = weights * plgpu.wgmma_accumulator_load(gradient)
@@ -353,11 +388,11 @@ class _Consumer:
             plgpu.wgmma(value_gradient, weights.astype(query.dtype), out_gradient)
             plgpu.wgmma(key_gradient, gradient, query)
             memory.weights[me] = gradient
-            # So that all threads have done with dO when any goes on.
+            # So that all threads have done with dO when any goes on from commit_smem.
             plgpu.wgmma_wait(0)
-            plgpu.barrier_arrive(memory.query_empty.at[self._barrier(number)])
+            plgpu.barrier_arrive(memory.query_empty.at[self._barrier(slot)])
             plgpu.commit_smem()
-            write()
+            self._multiply_keys(slot)
 
         _, _, *totals = pl.run_state(multiply)(
             tuple(map(plgpu.WGMMAAccumulatorRef.init, totals))
@@ -365,15 +400,13 @@ class _Consumer:
         return tuple(totals)
 
     def _multiply_interpreted(
-        self, number, write, logits, gradient, key_gradient, value_gradient
+        self, slot, logits, gradient, key_gradient, value_gradient
     ):
         """_multiply, by what the interpreter knows."""
         memory, me = self.memory, self.me
-        slot = div_rem(number, SLOTS)[1]
         key, value, query, out_gradient = self._operands(slot)
         logits += _mosaic.product(key, query.transpose((1, 0)))
         gradient += _mosaic.product(value, out_gradient.transpose((1, 0)))
-        self._release(number)
         weights = self._weigh(logits)
         staged = memory.weights.at[me]
         staged[...] = weights.astype(staged.dtype)
@@ -382,9 +415,15 @@ class _Consumer:
         staged[...] = (weights * gradient).astype(staged.dtype)
         plgpu.commit_smem()
         key_gradient += _mosaic.product(staged, query)
-        plgpu.barrier_arrive(memory.query_empty.at[self._barrier(number)])
-        write()
+        plgpu.barrier_arrive(memory.query_empty.at[self._barrier(slot)])
+        self._multiply_keys(slot)
         return key_gradient, value_gradient
+
+    def _loaded(self, total, after):
+        """A product, while so many after it go on."""
+        if self.interpreted:
+            return total[...]
+        return plgpu.wgmma_accumulator_load(total, wait_n=after)
 
     def _operands(self, slot):
         """K, V, Q and dO."""
@@ -396,24 +435,22 @@ class _Consumer:
         """P, given the logits less the log-sum-exp."""
         return jnp.exp2(logits * self.work.sizes.scale_log2)
 
-    def _write(self, block: Block, tile):
-        """Writes a tile's dQ, given dS, from where its dO was."""
-        memory, work, sizes = self.memory, self.work, self.work.sizes
-        # Loaded only here, where registers are free, and while the product goes on.
-        first, pairs = work.pairs_of(block, tile)
+    def _multiply_keys(self, slot):
+        """Stages a tile's dQ where its dO was, given dS."""
+        memory, sizes = self.memory, self.work.sizes
         weights, key = memory.weights.at[self.me], memory.key.at[self.me]
-        slot = div_rem(block.before + tile, SLOTS)[1]
         staged = memory.out_gradient.at[self.me, slot]
-        for first_column in range(0, sizes.width, COLUMNS):
-            columns = pl.ds(first_column, COLUMNS)
-            gradient = _mosaic.product(weights.transpose((1, 0)), key.at[:, columns])
-            gradient *= sizes.scale_log2 / LOG2_E
-            staged[:, columns] = gradient.astype(staged.dtype)
-        plgpu.commit_smem()
-        for i, (token, place) in enumerate(pairs):
-            target = (token * sizes.rows + work.chunk.kv_row) * sizes.slots + place
+        parts = [pl.ds(i, COLUMNS) for i in range(0, sizes.width, COLUMNS)]
 
-            @pl.when(first + i < block.end)
-            def _(i=i, target=target):
-                rows = staged.at[pl.ds(i * sizes.group, sizes.group)]
-                plgpu.copy_smem_to_gmem(rows, self.of_pairs.at[target])
+        def multiply(*totals):
+            for part, total in zip(parts, totals, strict=True):
+                plgpu.wgmma(total, weights.transpose((1, 0)), key.at[:, part])
+            for i, (part, total) in enumerate(zip(parts, totals, strict=True), 1):
+                gradient = self._loaded(total, len(parts) - i)
+                gradient *= sizes.scale_log2 / LOG2_E
+                staged[:, part] = gradient.astype(staged.dtype)
+
+        pl.run_scoped(
+            multiply, *[plgpu.WGMMAAccumulatorRef((ROWS, COLUMNS)) for _ in parts]
+        )
+        plgpu.commit_smem()

@@ -15,14 +15,18 @@ import jax.numpy as jnp
 from jax import lax
 
 from jattn.pallas import _mosaic
+from jattn.pallas._mosaic import div_rem
 from jattn.pallas.block_sparse import mosaic_chunk
 from jattn.pallas.block_sparse.mosaic_chunk import BLOCK, ROWS, Sizes
 
-# Warpgroups that compute; as many load.
+# Warpgroups that compute. Of one more, a warp for each loads, and another one stores.
 CONSUMERS = 2
 
 # Tiles that each has in flight. A third one would not fit into shared memory.
 SLOTS = 2
+
+# Parts of a consumer's way through the queries that it tells apart.
+PHASES = 256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +45,7 @@ class Memory:
       rows_full: Of each slot of each consumer.
       query_empty: Of each slot of each consumer.
       out_gradient_empty: Of each slot of each consumer.
+      query_gradient_full: Of each slot of each consumer.
     """
 
     key: Any
@@ -54,6 +59,7 @@ class Memory:
     rows_full: Any
     query_empty: Any
     out_gradient_empty: Any
+    query_gradient_full: Any
 
 
 def memory_types(sizes: Sizes, dtype: Any) -> dict[str, Any]:
@@ -62,7 +68,7 @@ def memory_types(sizes: Sizes, dtype: Any) -> dict[str, Any]:
     slots = CONSUMERS, SLOTS
     block = matrix(CONSUMERS, BLOCK, sizes.width)
     rows = matrix(*slots, ROWS, sizes.width)
-    empty = _mosaic.barriers(math.prod(slots), 1)
+    of_slots = _mosaic.barriers(math.prod(slots), 1)
     return {
         "key": block,
         "value": block,
@@ -73,8 +79,9 @@ def memory_types(sizes: Sizes, dtype: Any) -> dict[str, Any]:
         "block_full": _mosaic.barriers(CONSUMERS, 2),
         "block_empty": _mosaic.barriers(CONSUMERS, 1),
         "rows_full": _mosaic.barriers(math.prod(slots), 3 * sizes.tokens),
-        "query_empty": empty,
-        "out_gradient_empty": empty,
+        "query_empty": of_slots,
+        "out_gradient_empty": of_slots,
+        "query_gradient_full": of_slots,
     }
 
 
@@ -90,6 +97,8 @@ class Block:
       begin: Number of the block's first pair.
       end: One past the number of the block's last pair.
       unit: Of work, which it is.
+      start: Which of these tiles is done first. The next ones follow, and then those
+        from the first one on.
     """
 
     index: jax.Array
@@ -99,6 +108,12 @@ class Block:
     begin: jax.Array
     end: jax.Array
     unit: jax.Array
+    start: jax.Array
+
+    def tile(self, turn):
+        """Which of the tiles is done in a turn."""
+        tile = self.start + turn
+        return jnp.where(tile >= self.tiles, tile - self.tiles, tile)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,39 +134,64 @@ class Work:
         return self.chunk.sizes
 
     def run(self, run_block):
-        """Calls a function for each Block."""
+        """Calls a function for each Block.
 
-        def block_step(index, unit):
+        Consumers go through the queries together, each with blocks of its own: what one
+        reads, others find in the second-level cache. So its first block, of which the
+        consumer before often does the first tiles, is the last one here.
+        """
+
+        def block_step(turn, carry):
+            unit, before = carry
             # Loaded here, rather than kept in registers all along.
-            first, last = self.range[0], self.range[1]
+            first, last, first_block, last_block, first_unit = (
+                self.range[i] for i in range(5)
+            )
+            index = first_block + 1 + turn
+            index = jnp.where(index == last_block, first_block, index)
             first_tile = self.chunk.tile_starts[index]
+            last_tile = self.chunk.tile_starts[index + 1]
             begin = jnp.maximum(first_tile, first)
-            end = jnp.minimum(self.chunk.tile_starts[index + 1], last)
+            tiles = jnp.maximum(jnp.minimum(last_tile, last) - begin, 0)
 
-            @pl.when(end > begin)
+            @pl.when(tiles > 0)
             def _():
                 first_pair = self.chunk.pair_starts[index]
+                whole = tiles == last_tile - first_tile
                 run_block(
                     Block(
                         index=index,
-                        before=begin - first,
-                        tiles=end - begin,
+                        before=before,
+                        tiles=tiles,
                         first_pair=first_pair
                         + (begin - first_tile) * self.sizes.tokens,
                         begin=first_pair,
                         end=self.chunk.pair_starts[index + 1],
-                        unit=unit,
+                        unit=jnp.where(index == first_block, first_unit, unit),
+                        start=jnp.where(whole, self._start(index, tiles, before), 0),
                     )
                 )
 
-            return jnp.where(end > begin, unit + 1, unit)
+            return jnp.where(tiles > 0, unit + 1, unit), before + tiles
 
-        lax.fori_loop(self.range[2], self.range[3], block_step, self.range[4])
+        blocks = self.range[3] - self.range[2]
+        carry = self.range[4] + 1, jnp.int32(0)
+        lax.fori_loop(0, blocks, block_step, carry)
 
-    @property
-    def tiles(self):
-        """How many tiles it has."""
-        return self.range[1] - self.range[0]
+    def _start(self, index, tiles, before):
+        """The tile of a whole block with the queries that other consumers are at.
+
+        All start at the chunk's first one, and are there again after as many tiles as
+        blocks before the chunk have on average, but for the first one, which many
+        queries share.
+        """
+        own = self.chunk.first_token + self.sizes.offset
+        own = jnp.maximum(div_rem(own, BLOCK)[0], 1)
+        sweep = self.chunk.tile_starts[own] - self.chunk.tile_starts[1]
+        sweep = jnp.maximum(lax.div(sweep, jnp.maximum(own - 1, 1)), 1)
+        done = lax.div(lax.rem(before, sweep) * PHASES, sweep)
+        # Queries of the chunk's own blocks are not spread over the chunk.
+        return jnp.where(index < own, div_rem(tiles * done, PHASES)[0], 0)
 
     def pairs_of(self, block: Block, tile):
         """The number of a tile's first pair, and the queries and slots of all.

@@ -21,6 +21,8 @@ CASES = {
     "tiles of one block and two": dict(t=9, s=192, g=16, n=3),
     "two kv heads, both": dict(t=4, s=130, k=2, g=32, n=3),
     "in chunks": dict(t=37, s=70, g=32, n=2, chunk=16),
+    # Of two consumers, each begins one of its blocks at another tile than the first.
+    "blocks from the middle": dict(t=10, s=320, g=32, n=6),
 }
 
 
