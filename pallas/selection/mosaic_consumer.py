@@ -156,26 +156,65 @@ class Consumer:
     def _write(self, item, tile, first_block, weights):
         """Writes a tile's scores, given the sums over heads of its weights."""
         sizes, blocks = self.sizes, self.sizes.blocks
-        row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
-        position = row + (item.first_position + tile * ROWS)
-        # Windows that have ended.
+        first_position = item.first_position + tile * ROWS
+        is_whole = self._windows_seen(first_position) >= (first_block + blocks) * (
+            sizes.cells
+        )
+        if sizes.before:
+            is_whole &= first_block > 0
+        rows = pl.ds(tile * ROWS, ROWS)
+        columns = pl.ds(first_block, blocks)
+
+        def write(visible):
+            for plane, x in enumerate(self._planes(weights, visible)):
+                target = self.scores.at[item.batch, item.kv_head, rows, plane, columns]
+                _mosaic.store(target, x)
+
+        # Most tiles need no mask, which takes about as long as the sums.
+        pl.when(is_whole)(lambda: write(None))
+
+        @pl.when(~is_whole)
+        def _():
+            row = plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=COLUMN)
+            seen = self._windows_seen(row + first_position)
+            seen -= first_block * sizes.cells
+            block = plgpu.broadcasted_iota(jnp.int32, (ROWS, blocks), 1, layout=MATRIX)
+
+            def visible(cell):
+                last = lax.broadcast_in_dim(seen - cell, block.shape, [0])
+                visible = block * sizes.cells < last
+                return visible & (block + first_block > 0) if cell < 0 else visible
+
+            write(visible)
+
+    def _windows_seen(self, position):
+        """How many windows have ended at a position."""
+        sizes = self.sizes
         begun = jnp.maximum(position + (sizes.stride - sizes.kernel_size + 1), 0)
-        seen = lax.div(begun, jnp.full_like(begun, sizes.stride))
-        seen = jnp.minimum(seen, sizes.windows) - first_block * sizes.cells
-        block = plgpu.broadcasted_iota(jnp.int32, (ROWS, blocks), 1, layout=MATRIX)
+        stride = np.int32(sizes.stride)
+        if begun.ndim:
+            stride = jnp.full_like(begun, stride)
+        return jnp.minimum(lax.div(begun, stride), sizes.windows)
+
+    def _planes(self, weights, visible):
+        """Sums of weights over the windows of each block, [ROWS, blocks] of each plane.
+
+        Args:
+          weights: [ROWS, columns].
+          visible: Gives which blocks' windows of a cell are seen, bool [ROWS, blocks];
+            None if all are.
+        """
+        sizes, blocks = self.sizes, self.sizes.blocks
         shared = sizes.kernel_size // sizes.stride
         planes = [None] * self.scores.shape[3]
         for column in range(sizes.cells + sizes.before):
             # The last columns are of windows that start before their block.
             is_before = column >= sizes.cells
             cell = column - sizes.cells - sizes.before if is_before else column
-            # What is out of sight may have become anything, NaN included.
             part = weights[:, column * blocks : (column + 1) * blocks]
-            last = lax.broadcast_in_dim(seen - cell, part.shape, [0])
-            visible = block * sizes.cells < last
-            if is_before:
-                visible &= block + first_block > 0
-            part = jnp.where(visible, part, jnp.zeros_like(part))
+            if visible is not None:
+                # What is out of sight may have become anything, NaN included.
+                part = jnp.where(visible(cell), part, jnp.zeros_like(part))
             # Strides that a window shares with its block, and with the next one.
             inside = shared + cell if is_before else min(sizes.cells - cell, shared)
             for plane, factor in enumerate((inside, shared - inside)[: len(planes)]):
@@ -183,8 +222,4 @@ class Consumer:
                     term = part * np.float32(factor)
                     before = planes[plane]
                     planes[plane] = term if before is None else before + term
-        rows = pl.ds(tile * ROWS, ROWS)
-        columns = pl.ds(first_block, blocks)
-        for plane, x in enumerate(planes):
-            target = self.scores.at[item.batch, item.kv_head, rows, plane, columns]
-            _mosaic.store(target, x)
+        return planes

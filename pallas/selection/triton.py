@@ -27,8 +27,9 @@ from jattn.pallas.selection.mosaic_items import MAX_CELLS, tile_blocks
 # Query heads of a kv head up to which its scores have one plane.
 MAX_JOINED = 1
 
-# Bound on the scores of one chunk.
-SCORE_BYTES = 256 * 2**20
+# Bound on the scores of one chunk. They are gone before attention to the chosen blocks
+# needs its own memory.
+SCORE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +194,7 @@ def heuristic_mosaic_tiling(width: int, group: int) -> mosaic.Tiling:
     return mosaic.Tiling(
         consumers=3,
         # So that keys serve as many products, whatever the group is.
-        tiles=max(1, 4 // group),
+        tiles=max(1, 8 // group),
         slots=2 if width > 64 else 6,
         key_slots=2,
         programs=_device.multiprocessors(),
@@ -389,10 +390,13 @@ def _best_blocks(
     """
     b, t = query.shape[:2]
     planes, width = scores.planes, scores.width
-    rows = SCORE_BYTES // _bytes_per_query(b, lists, planes, width)
-    rows = min(t, max(1, rows))
-    if scores.tile_rows < rows < t:
-        rows -= rows % scores.tile_rows
+    most = max(1, SCORE_BYTES // _bytes_per_query(b, lists, planes, width))
+    if scores.tile_rows < most < t:
+        most -= most % scores.tile_rows
+    # Of about the same length: a short last chunk would not keep the GPU busy.
+    rows = triton.cdiv(t, triton.cdiv(t, most))
+    if scores.tile_rows < most:
+        rows = min(most, t, _multiple(rows, scores.tile_rows))
     columns = max(4, triton.next_power_of_2(triton.cdiv(length, block_size)))
     heuristic = RowTiling(max(1, 512 // columns), min(16, max(1, columns // 1024)))
     tiling = tuning.choose("selection_best_blocks", {"columns": columns}, heuristic)

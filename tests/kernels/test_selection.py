@@ -243,6 +243,37 @@ def test_memory_is_bounded(monkeypatch):
         assert used < t * 2 * blocks * 4 / 8
 
 
+# Tiles have 64 queries.
+@pytest.mark.parametrize(
+    ("most", "rows"), [(1000, 300), (256, 192), (250, 192), (20, 20)]
+)
+def test_chunks_are_of_about_the_same_length(monkeypatch, most, rows):
+    monkeypatch.setattr(kernel, "SCORE_BYTES", most * 4 * 16)
+    lengths = []
+
+    def write(step, length, out, after):
+        lengths.append(length)
+        return jnp.zeros(out.shape, jnp.float32)
+
+    scores = kernel._Scores(1, 16, signed=False, tile_rows=64, write=write)
+
+    def select(query):
+        return kernel._best_blocks(
+            scores,
+            query,
+            kernel._document_starts(None),
+            lists=1,
+            length=300,
+            block_size=32,
+            num_blocks=4,
+            num_initial=1,
+            num_local=2,
+        )
+
+    jax.eval_shape(select, jax.ShapeDtypeStruct((1, 300, 1, 16), jnp.float32))
+    assert lengths == [rows] * -(-300 // rows)
+
+
 def test_transformations_agree():
     query, key_cmp, options = nsa_inputs(b=2, t=120, k=1)
     del options["segment_ids"]
