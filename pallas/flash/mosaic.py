@@ -89,12 +89,13 @@ def forward(
         "window": window or 0,
         "dtype": query.dtype.name,
     }
-    heuristic = _tiling(width, group, key.shape[1], kernel_size, stride, window)
-    tiling = tuning.choose("flash_forward_mosaic", shape, heuristic)
     # Keys that no query sees may hold NaN.
     offset = length - queries
     first = 0 if window is None else max(offset + stride - window, 0) // stride
     end = min((length - kernel_size) // stride + 1, key.shape[1])
+    offset -= first * stride
+    heuristic = _tiling(width, group, end - first, kernel_size, stride, window, offset)
+    tiling = tuning.choose("flash_forward_mosaic", shape, heuristic)
     sizes = Sizes(
         queries=queries,
         kv_rows=batch * kv_heads,
@@ -102,7 +103,7 @@ def forward(
         group=group,
         width=width,
         keys=end - first,
-        offset=offset - first * stride,
+        offset=offset,
         kernel_size=kernel_size,
         stride=stride,
         window=window,
@@ -143,7 +144,13 @@ def forward(
 
 
 def _tiling(
-    width: int, group: int, keys: int, kernel_size: int, stride: int, window: int | None
+    width: int,
+    group: int,
+    keys: int,
+    kernel_size: int,
+    stride: int,
+    window: int | None,
+    offset: int,
 ) -> Tiling:
     if window is None and keys <= FEW_KEYS and group >= ALIGNMENT and width > 64:
         # Of few keys, those past the last that a row sees are a large part.
@@ -159,9 +166,14 @@ def _tiling(
     cluster = 2 if group >= ALIGNMENT else 1
     step = edge = 128
     if window is not None:
-        # Where half a step more than whole ones is enough for what an item's rows see.
+        # Where half a step more than whole ones is enough for what an item's rows see,
+        # and the keys before that the first step's alignment adds.
         tokens = 2 * cluster * ROWS // group
-        seen = (window - kernel_size + tokens) // stride + ALIGNMENT
+        seen = -(-(window - kernel_size + tokens) // stride)
+        if tokens % (ALIGNMENT * stride) == 0:
+            seen += (offset + stride - window) // stride % ALIGNMENT
+        else:
+            seen += ALIGNMENT - 1
         edge = step // 2 if 0 < seen % step <= step // 2 else step
     return Tiling(
         consumers=2,

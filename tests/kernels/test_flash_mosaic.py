@@ -221,16 +221,29 @@ def test_lowers_under_shard_map_and_vmap():
 
 
 @pytest.mark.parametrize(
-    ("group", "window", "cluster", "edge"),
-    [(16, None, 2, 128), (16, 512, 2, 64), (16, 600, 2, 128), (1, 600, 1, 128)],
+    ("group", "window", "offset", "cluster", "edge"),
+    [
+        (16, None, 0, 2, 128),
+        (16, 512, 0, 2, 64),
+        (16, 600, 0, 2, 128),
+        (1, 600, 0, 1, 128),
+        # The keys of 128 queries are 639, of which the first is one past an eighth.
+        (1, 512, 0, 1, 128),
+        (1, 512, 1, 1, 64),
+        (2, 512, 0, 1, 64),
+    ],
 )
-def test_heuristic_steps_hardly_reach_beyond_the_window(group, window, cluster, edge):
-    tiling = kernel._tiling(128, group, 4096, 1, 1, window)
+def test_heuristic_steps_hardly_reach_beyond_the_window(
+    group, window, offset, cluster, edge
+):
+    tiling = kernel._tiling(128, group, 4096, 1, 1, window, offset)
     assert (tiling.cluster, tiling.edge) == (cluster, edge)
 
 
 def test_heuristic_steps_are_small_where_there_are_few_keys():
-    steps = [kernel._tiling(128, 16, keys, 32, 16, None).keys for keys in (1023, 2047)]
+    steps = [
+        kernel._tiling(128, 16, keys, 32, 16, None, 0).keys for keys in (1023, 2047)
+    ]
     assert steps == [64, 128]
 
 
