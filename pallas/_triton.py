@@ -123,8 +123,8 @@ def call(
         if isinstance(x, jax.Array | Descriptor)
     ]
     outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
-    values: list[Any] = [operands[i] for i in updated]
-    values = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in values]
+    after: list[Any] = [operands[i] for i in updated]
+    after = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in after]
     nbytes = sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs))
 
     def merge(arrays, describe) -> Iterator[Any]:
@@ -143,16 +143,20 @@ def call(
 
         _patch_dead_code_elimination()
         arguments = list(merge(arrays, jax_triton.TensorDescriptor.from_array))
+        # XLA may make one operation of a call and the slices around it. It reads and
+        # writes the whole arrays in place, but forgets that the call does both to one.
+        for i in updated:
+            arguments[i] = jax.lax.optimization_barrier(arguments[i])
         # References are meant to take the place of aliases, but under shard_map what
         # they become does not know the mesh axes it varies over.
         aliases = {operand: len(outputs) + i for i, operand in enumerate(updated)}
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "input_output_aliases is deprecated")
-            return jax_triton.triton_call(
+            results = jax_triton.triton_call(
                 *arguments,
                 kernel=kernel,
                 input_output_aliases=aliases,
-                out_type=[*outputs, *values],
+                out_type=[*outputs, *after],
                 grid=grid,
                 compute_capability=_device.compute_capability(),
                 num_warps=num_warps,
@@ -166,6 +170,8 @@ def call(
                 cost_estimate={"flops": flops, "bytes_accessed": nbytes},
                 **constants,
             )
+        new, values = results[: len(outputs)], results[len(outputs) :]
+        return [*new, *map(jax.lax.optimization_barrier, values)]
 
     def interpret(*arrays):
         def host(*arrays):
@@ -175,7 +181,7 @@ def call(
             _run_interpreter(kernel, grid, arguments, constants)
             return [*results, *(arguments[i].array for i in updated)]
 
-        return jax.pure_callback(host, [*outputs, *values], *arrays)
+        return jax.pure_callback(host, [*outputs, *after], *arrays)
 
     @jax.custom_batching.sequential_vmap
     def run(*arrays):
