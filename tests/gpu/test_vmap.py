@@ -12,9 +12,11 @@ import triton.language as tl
 import jattn
 from benchmarks import nsa
 from jattn.pallas import _triton
-from tests.support import normal
+from tests.support import normal, relative_rms
 
 T, WIDTH = 1200, 64
+
+ROUNDING = {jnp.bfloat16: 1e-3, jnp.float32: 1e-5}
 
 # The shapes of an operation's arrays [B, T, .., width] after these two axes: queries,
 # then keys and values.
@@ -100,7 +102,8 @@ def test_operations_map(name):
     for i in range(3):
         expected = one_by_one(*(x[i] for x in arrays))
         for x, y in zip(actual, expected, strict=True):
-            np.testing.assert_array_equal(x[i], y)
+            # XLA may add up in another order, and that alone.
+            assert relative_rms(x[i], y) <= ROUNDING[dtype]
 
 
 def test_budgets_map():
