@@ -10,6 +10,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.files import write_atomically
@@ -17,13 +18,27 @@ from jattn.train.files import write_atomically
 Budgets = Sequence[int | None]
 
 
+class Kept(NamedTuple):
+    """What was found for a checkpoint.
+
+    Attributes:
+      budgets: Of each selective layer, None for the whole context.
+      loss: Validation loss with them, in nats per token.
+      limit: The loss they were allowed.
+    """
+
+    budgets: tuple[int | None, ...]
+    loss: float
+    limit: float
+
+
 def budgets_path(out: str | os.PathLike) -> Path:
     """The file of a run's budgets."""
     return Path(out) / "budgets.json"
 
 
-def read_budgets(out: str | os.PathLike, step: int) -> tuple[int | None, ...] | None:
-    """The budgets of each selective layer, None if none were found for a checkpoint.
+def read_budgets(out: str | os.PathLike, step: int) -> Kept | None:
+    """The budgets of a checkpoint and their loss, None if none were found for it.
 
     Args:
       out: Folder of the run.
@@ -33,7 +48,9 @@ def read_budgets(out: str | os.PathLike, step: int) -> tuple[int | None, ...] | 
       UserError: The file is damaged or cannot be read.
     """
     entry = _read(out).get(str(step))
-    return None if entry is None else tuple(entry["budgets"])
+    if entry is None:
+        return None
+    return Kept(tuple(entry["budgets"]), entry["loss"], entry["limit"])
 
 
 def write_budgets(
@@ -67,8 +84,10 @@ def _read(out: str | os.PathLike) -> dict[str, dict]:
     path = budgets_path(out)
     try:
         entries = json.loads(path.read_bytes())
-        if not all(isinstance(entry["budgets"], list) for entry in entries.values()):
-            raise ValueError("an entry holds no list")
+        for entry in entries.values():
+            kinds = {"budgets": list, "loss": float, "limit": float}
+            if not all(isinstance(entry[name], x) for name, x in kinds.items()):
+                raise ValueError("an entry holds something else")
     except FileNotFoundError:
         return {}
     except OSError as error:

@@ -13,7 +13,12 @@ import rich.table
 import tyro
 
 from jattn.models import Sampling
-from jattn.train.budgets import Budgets, budgets_path, with_budgets
+from jattn.train.budgets import (
+    Budgets,
+    budgets_path,
+    read_budgets,
+    with_budgets,
+)
 from jattn.train.build import build_model, context_cache_bytes
 from jattn.train.compare import CompareConfig, Comparison, compare
 from jattn.train.config import TrainConfig, UserError
@@ -295,6 +300,12 @@ def _evaluate(config: EvalConfig) -> None:
     )
     if "selective_memory" in found.auxiliary:
         print(_memory(run, found))
+    kept = read_budgets(config.run, run.step)
+    if kept is not None:
+        print(
+            f"budgets found at a validation loss of {kept.loss:.4f}, of at most "
+            f"{kept.limit:.4f}"
+        )
 
 
 def _memory(run: TrainedModel, found: Evaluation) -> str:

@@ -231,9 +231,9 @@ def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
             wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
             raise UserError(f"{out} does not hold {wanted}; there are: {there}")
         config = checkpoints.restore_config(step)
-        budgets = read_budgets(out, step)
-        if budgets is not None:
-            config = with_budgets(config, budgets)
+        kept = read_budgets(out, step)
+        if kept is not None:
+            config = with_budgets(config, kept.budgets)
         tokenizer = load_tokenizer(config.data.tokenizer)
         model = build_model(config, tokenizer.vocab_size)
         with model_errors():

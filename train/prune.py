@@ -54,6 +54,8 @@ class PruneConfig:
         """Checks the values; see `UserError`."""
         if self.baseline is not None and self.max_loss is not None:
             raise UserError("give either baseline or max_loss, not both")
+        if self.max_loss is not None and not 0 < self.max_loss < math.inf:
+            raise UserError(f"max_loss must be greater than 0; got {self.max_loss}")
         if not 0 <= self.slack < math.inf:
             raise UserError(f"slack must be 0 or greater; got {self.slack}")
         if not 0 <= self.fraction < 1:
@@ -203,8 +205,10 @@ def search_budgets(
     """
     budgets = np.full(num_layers, context, np.int32)
     loss = float(losses(np.tile(budgets, (num_layers, 1)))[0])
+    if not math.isfinite(loss):
+        raise UserError(f"with its whole cache the run has a validation loss of {loss}")
     limit = loss + slack if limit is None else limit
-    if not loss <= limit:
+    if loss > limit:
         raise UserError(
             f"with its whole cache the run has a validation loss of {loss:.4f}, which "
             f"is not within the limit of {limit:.4f}; allow more by --slack"
@@ -245,7 +249,7 @@ def make_budget_evaluator(
 
     Returns:
       A function from budgets int32 [C, L] of C candidates to their losses [C], nats
-      per token in float64. The candidates run side by side.
+      per token in float64. Kernels take the candidates one after the other.
     """
 
     @jax.jit

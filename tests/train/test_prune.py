@@ -195,7 +195,7 @@ def test_a_loss_that_is_not_a_number_is_never_the_least():
 
     search = search_budgets(losses, num_layers=2, context=8, decrement=2, limit=1.0)
     assert tuple(list(search)[-1].budgets) == (8, 2)
-    with pytest.raises(UserError, match="loss of nan, which is not within the limit"):
+    with pytest.raises(UserError, match="a validation loss of nan"):
         next(
             search_budgets(
                 lambda x: np.full(2, np.nan),
@@ -294,8 +294,8 @@ def test_a_pruned_run_keeps_its_loss_with_less_cache(run):
 def test_other_checkpoints_have_no_budgets(run):
     write_budgets(run, 3, (7, None), loss=1.0, limit=1.1)
     write_budgets(run, 6, (9, 4), loss=1.0, limit=1.1)
-    assert read_budgets(run, 3) == (7, None)
-    assert read_budgets(run, 6) == (9, 4)
+    assert read_budgets(run, 3) == ((7, None), 1.0, 1.1)
+    assert read_budgets(run, 6) == ((9, 4), 1.0, 1.1)
     assert read_budgets(run, 5) is None
     assert load_run(run, 3).config.model.selective.budgets == (7, None)
     with Checkpoints(budgets_path(run).parent / "checkpoints") as checkpoints:
@@ -338,6 +338,11 @@ def test_the_command_line(run, capsys):
     assert budgets == " ".join(rows[-1].split()[-2:])
     assert f"{share}%" == rows[-1].split()[-4]
     assert f"{size} bytes instead of {unpruned}" in end
+    limit, loss = head.split()[-1], rows[-1].split()[-5]
+    assert pruned[2] == (
+        f"budgets found at a validation loss of {loss}, of at most {limit}"
+    )
+    assert len(whole) == 2
     assert same == unpruned
 
 
@@ -348,6 +353,7 @@ def test_the_command_line(run, capsys):
     ("options", "message"),
     [
         ({"max_loss": 1.0, "baseline": "runs/dense"}, "either baseline or max_loss"),
+        ({"max_loss": float("nan")}, "max_loss must be greater than 0; got nan"),
         ({"slack": -1.0}, "slack must be 0 or greater; got -1"),
         ({"slack": float("nan")}, "slack must be 0 or greater; got nan"),
         ({"decrement": 0}, "decrement must be greater than 0; got 0"),
@@ -386,7 +392,7 @@ def test_baselines_of_another_kind(run, elsewhere, part, field, message):
         next(prune(PruneConfig(run=run, baseline="other")))
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"6": {}}', '{"6": {"budgets": 3}}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"6": {}}', '{"6": {"budgets": [3]}}'])
 def test_a_damaged_file_is_named(run, content):
     budgets_path(run).write_text(content)
     with pytest.raises(UserError, match=r"budgets\.json is damaged; without the file"):
