@@ -1,6 +1,12 @@
-"""The GPU that JAX runs on, if there is one."""
+"""The GPU that JAX computes on, if there is one.
 
-import functools
+Kernels are chosen while JAX traces a function, for the device that it computes on by
+default. Other choices of a device are not known then: on a machine with a GPU, arrays
+committed to a CPU or `jax.jit(backend="cpu")` take a kernel chosen for the GPU to the
+CPU. Such calls need `implementation="xla"`, or `jax.default_device` for the CPU.
+"""
+
+from typing import Any
 
 import jax
 
@@ -9,27 +15,37 @@ DEFAULT_CAPABILITY = 90
 DEFAULT_MULTIPROCESSORS = 132
 
 
-@functools.cache
+def default_device() -> jax.Device:
+    """That of jax.default_device, or the first one."""
+    config: Any = jax.config
+    device = config.jax_default_device
+    if device is None or isinstance(device, str):
+        return jax.local_devices(backend=device)[0]
+    return device
+
+
 def compute_capability() -> int:
-    """That of the first GPU, such as 90; DEFAULT_CAPABILITY without a GPU."""
-    if jax.default_backend() != "gpu":
+    """That of the GPU, such as 90; DEFAULT_CAPABILITY without a GPU."""
+    device = default_device()
+    if device.platform != "gpu":
         return DEFAULT_CAPABILITY
-    return int(jax.devices()[0].compute_capability.replace(".", ""))
+    return int(device.compute_capability.replace(".", ""))
 
 
 def multiprocessors() -> int:
-    """Those of the first GPU; those of an H100 or H200 without a GPU."""
-    return getattr(jax.devices()[0], "core_count", None) or DEFAULT_MULTIPROCESSORS
+    """Those of the GPU; those of an H100 or H200 without a GPU."""
+    return getattr(default_device(), "core_count", None) or DEFAULT_MULTIPROCESSORS
 
 
 def unsupported(*capabilities: int) -> str | None:
     """Why a kernel tested on these compute capabilities cannot run here, or None."""
-    if jax.default_backend() != "gpu":
-        return f"it needs a GPU, and JAX runs on {jax.default_backend()!r}"
+    device = default_device()
+    if device.platform != "gpu":
+        return f"it needs a GPU, and JAX runs on {device.platform!r}"
     if compute_capability() not in capabilities:
         tested = ", ".join(f"{c / 10}" for c in capabilities)
         return (
             f"it was tested on compute capability {tested} only, and this GPU "
-            f"({jax.devices()[0].device_kind}) has {compute_capability() / 10}"
+            f"({device.device_kind}) has {compute_capability() / 10}"
         )
     return None

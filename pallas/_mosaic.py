@@ -4,6 +4,10 @@ On a CPU a kernel runs in Pallas' interpreter, which simulates shared memory,
 barriers and asynchronous copies, reports races, and fills what nobody has written with
 NaN. It keeps its state in global variables: one kernel at a time, so not under
 shard_map over several host devices.
+
+Which of the two it is has to be known while JAX traces the call (see `_device`).
+Lowered for a CPU all the same, a kernel for a GPU fails: "Only interpret mode is
+supported on CPU backend". Such calls need `implementation="xla"`.
 """
 
 import functools
@@ -18,7 +22,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from jattn.pallas import _device, _triton
+from jattn.pallas import _device, _sharding
 
 # Mosaic GPU compiles to the instructions of Hopper; later GPUs have others.
 CAPABILITY = 90
@@ -68,8 +72,11 @@ def interpretation() -> plgpu.InterpretGPUParams | None:
     # Unlike Triton's, this interpreter cannot be a branch that lowering for a GPU
     # leaves out: its effects would stay.
     device = jax.sharding.get_abstract_mesh().abstract_device
-    platform = device.platform if device is not None else jax.default_backend()
-    return None if platform == "gpu" else plgpu.InterpretGPUParams(detect_races=True)
+    if device is None:
+        device = _device.default_device()
+    if device.platform == "gpu":
+        return None
+    return plgpu.InterpretGPUParams(detect_races=True)
 
 
 def call(
@@ -118,7 +125,7 @@ def call(
         name=name,
         automatic_barriers=automatic_barriers,
     )
-    return _triton.vary_like(results, operands)
+    return _sharding.vary_like(results, operands)
 
 
 # A program that launches a kernel often, as in each of its layers, lowers it once.

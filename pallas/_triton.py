@@ -2,7 +2,8 @@
 
 On a GPU a kernel is compiled to PTX while JAX lowers the call. On a CPU the same
 kernel runs in Triton's interpreter on numpy buffers, so that an operation and its
-gradients are tested without a GPU.
+gradients are tested without a GPU. That is far too slow for anything else: a kernel
+that was chosen for a GPU warns if it comes to this (see `_device`).
 """
 
 import contextlib
@@ -21,11 +22,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jattn.pallas import _device
+from jattn.pallas import _device, _sharding
 
 # The PTX of CUDA 12.8, which every driver from then on can load. By default Triton
 # writes the newest version its own ptxas knows, and older drivers refuse that.
 PTX_VERSION = 87
+
+# Of arrays, on a GPU and in the interpreter.
+DTYPES = (
+    *("bfloat16", "float16", "float32", "float64"),
+    *("int8", "int16", "int32", "int64"),
+    *("uint8", "uint16", "uint32", "uint64"),
+)
 
 # Triton's interpreter keeps the position in the grid in one global object.
 _interpreter_lock = threading.Lock()
@@ -116,13 +124,23 @@ def call(
         multiprocessor at once; None for as many as the compiler likes.
       flops: Floating-point operations of the call, for profilers.
       **constants: Values of the kernel's tl.constexpr parameters.
+
+    Returns:
+      The outputs, then the new values of the updated operands.
+
+    Raises:
+      TypeError: An operand is something else, such as a numpy array or number.
+      ValueError: The operands and outputs are not as many as the kernel has, one is of
+        another dtype than DTYPES, such as bool, an updated operand is not an array, or
+        a constant is missing or has a name that the kernel does not have.
     """
+    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
+    _check(kernel, operands, outputs, updated, constants)
     arrays = [
         x.array if isinstance(x, Descriptor) else x
         for x in operands
         if isinstance(x, jax.Array | Descriptor)
     ]
-    outputs = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in outputs]
     after: list[Any] = [operands[i] for i in updated]
     after = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in after]
     nbytes = sum(x.size * x.dtype.itemsize for x in (*arrays, *outputs))
@@ -173,8 +191,17 @@ def call(
         new, values = results[: len(outputs)], results[len(outputs) :]
         return [*new, *map(jax.lax.optimization_barrier, values)]
 
+    chosen_for = _device.default_device().platform
+
     def interpret(*arrays):
         def host(*arrays):
+            if chosen_for == "gpu":
+                warnings.warn(
+                    f"{kernel.fn.__name__}, chosen for a GPU, runs in Triton's "
+                    "interpreter on a CPU, which is slow: use implementation='xla', "
+                    "or jax.default_device for the CPU",
+                    stacklevel=1,
+                )
             buffers = [_Buffer(np.array(x)) for x in arrays]
             results = [_poisoned(x) for x in outputs]
             arguments = *merge(buffers, _describe), *map(_Buffer, results)
@@ -187,22 +214,46 @@ def call(
     def run(*arrays):
         return jax.lax.platform_dependent(*arrays, cpu=interpret, cuda=launch)
 
-    return vary_like(run(*arrays), arrays)
+    return _sharding.vary_like(run(*arrays), arrays)
 
 
-def vary_like(
-    results: Sequence[jax.Array], arrays: Sequence[jax.Array]
-) -> list[jax.Array]:
-    """Inside shard_map, marks results as varying over the mesh axes that arrays do.
-
-    A kernel cannot say so of its outputs, nor a constant that a scan starts from.
-    """
-    axes = frozenset[str]().union(
-        *(jax.typeof(x).manual_axis_type.varying for x in arrays)
-    )
-    if not axes:
-        return list(results)
-    return [jax.lax.pcast(x, tuple(axes), to="varying") for x in results]
+def _check(kernel, operands, outputs, updated, constants):
+    """Raises the errors of `call`."""
+    name = kernel.fn.__name__
+    parameters = [x.name for x in kernel.params if not x.is_constexpr]
+    if len(operands) + len(outputs) != len(parameters):
+        raise ValueError(
+            f"{name} needs operands and outputs for {', '.join(parameters)}; got "
+            f"{len(operands)} operands and {len(outputs)} outputs"
+        )
+    for parameter, x in zip(parameters, operands, strict=False):
+        x = x.array if isinstance(x, Descriptor) else x
+        if isinstance(x, bool) or not isinstance(x, jax.Array | int | float):
+            raise TypeError(
+                f"{parameter} of {name} must be a jax.Array, a Descriptor of one, or a "
+                f"Python int or float; got {type(x)}"
+            )
+    for parameter, x in zip(parameters, (*operands, *outputs), strict=True):
+        x = x.array if isinstance(x, Descriptor) else x
+        if not isinstance(x, int | float) and x.dtype.name not in DTYPES:
+            raise ValueError(
+                f"{parameter} of {name} must be of one of the dtypes "
+                f"{', '.join(DTYPES)}; got {x.dtype}"
+            )
+    for i in updated:
+        if not isinstance(operands[i], jax.Array):
+            raise ValueError(
+                f"an updated operand of {name} must be a jax.Array; operand {i} is "
+                f"{type(operands[i])}"
+            )
+    optional = {x.name for x in kernel.params if x.is_constexpr and x.has_default}
+    needed = {x.name for x in kernel.params if x.is_constexpr} - optional
+    missing = sorted(needed - constants.keys())
+    unknown = sorted(constants.keys() - needed - optional)
+    if missing or unknown:
+        raise ValueError(
+            f"the constants do not fit {name}: missing {missing}, unknown {unknown}"
+        )
 
 
 @functools.cache
@@ -291,12 +342,10 @@ class _Buffer:
     def __init__(self, array: np.ndarray):
         import triton.language as tl
 
-        names = {"float": "fp", "bfloat": "bf", "int": "int", "uint": "uint"}
-        kind = array.dtype.name.rstrip("0123456789")
-        bits = array.dtype.name.removeprefix(kind)
+        name = array.dtype.name.replace("bfloat", "bf").replace("float", "fp")
         self.array = array
         self.shape = array.shape
-        self.dtype = tl.dtype(names[kind] + bits)
+        self.dtype = tl.dtype(name)
 
     def data_ptr(self):
         return self.array.ctypes.data

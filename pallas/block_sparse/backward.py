@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _softmax, _steps, _triton
+from jattn.pallas import _sharding, _softmax, _steps
 from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.block_sparse import (
     gradient_kernels,
@@ -64,7 +64,7 @@ def backward(
 
     sum_shape = key.shape[0] * key.shape[2], launch.blocks, launch.block
     sums = [jnp.zeros((*sum_shape, x.shape[-1]), jnp.float32) for x in (key, value)]
-    sums = _triton.vary_like(sums, (query, key, value, out_gradient))
+    sums = _sharding.vary_like(sums, (query, key, value, out_gradient))
     new = None, *sums, jax.ShapeDtypeStruct(query.shape, query.dtype)
 
     def step(step, results):

@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _softmax, _triton, tuning
+from jattn.pallas import _sharding, _softmax, _triton, tuning
 from jattn.pallas._softmax import LOG2_E
 from jattn.pallas.simplicial import gradient_kernels
 from jattn.pallas.simplicial.tiles import (
@@ -232,7 +232,7 @@ class _Launch:
         zeros = [
             jnp.zeros(x.shape, jnp.float32) for x in (self.few_key, self.few_value)
         ]
-        zeros = _triton.vary_like(zeros, (*self.arrays, *self.gradients))
+        zeros = _sharding.vary_like(zeros, (*self.arrays, *self.gradients))
         firsts = length * jnp.arange(chunks, dtype=jnp.int32)[:, None]
         (key_sum, value_sum), query_gradient = jax.lax.scan(chunk, zeros, firsts)
         query_gradient = jnp.moveaxis(query_gradient, 0, 1)

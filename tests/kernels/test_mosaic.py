@@ -66,10 +66,21 @@ def test_lowers_for_hopper(lower_for_h100):
     assert "wgmma" in text
 
 
-def test_says_what_is_missing(monkeypatch):
+def test_says_what_is_missing(monkeypatch, request):
     assert "needs a GPU" in _mosaic.unavailable()
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_device, "compute_capability", lambda: 100)
-    assert "9.0 only, and this GPU (cpu) has 10.0" in _mosaic.unavailable()
-    monkeypatch.setattr(_device, "compute_capability", lambda: 90)
+    request.getfixturevalue("beside_a_gpu")
     assert _mosaic.unavailable() is None
+    monkeypatch.setattr(_device, "compute_capability", lambda: 100)
+    assert "9.0 only, and this GPU (NVIDIA H100 PCIe) has 10.0" in _mosaic.unavailable()
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_a_default_device_decides_where_kernels_run():
+    assert _mosaic.interpretation() is None
+    for device in ("cpu", jax.devices("cpu")[1]):
+        with jax.default_device(device):
+            assert "JAX runs on 'cpu'" in _mosaic.unavailable()
+            assert _mosaic.interpretation() is not None
+    x, y = normal(0, (SIZE, SIZE), (SIZE, SIZE), dtype=jnp.bfloat16)
+    with jax.default_device("cpu"):
+        assert relative_rms(jax.jit(matmul)(x, y), x @ y) <= 5e-3

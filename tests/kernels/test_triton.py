@@ -1,7 +1,9 @@
 """jattn.pallas._triton: one launch for GPUs and for Triton's interpreter."""
 
 import functools
+import pathlib
 import re
+import tomllib
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +14,7 @@ import triton.language as tl
 from jax._src.interpreters import partial_eval
 from jax_triton import triton_lib
 
+from jattn.ops.dense import dense_attention
 from jattn.pallas import _device, _triton
 from tests.kernels.scaling import scaled
 from tests.support import (
@@ -177,6 +180,50 @@ def test_updated_operands_keep_what_is_not_written():
     assert lowered.count("optimization_barrier") == 2
 
 
+def test_updated_operands_under_transformations():
+    x, total = jnp.arange(48.0).reshape(2, 24), jnp.full((2, 24), 100.0)
+    expected = jnp.stack([add_to_even(*row) for row in zip(x, total, strict=True)])
+    sharded = shard_over_batch(lambda x, total: add_to_even(x[0], total[0])[None])
+    for actual in (
+        jax.jit(jax.vmap(add_to_even))(x, total),
+        jax.vmap(add_to_even, in_axes=(0, None))(x, total[0]),
+        sharded(x, total),
+    ):
+        np.testing.assert_array_equal(actual, expected)
+    np.testing.assert_array_equal(total, np.full((2, 24), 100))
+
+
+def call_scale(x, factor=3.0, size=24, dtype=jnp.float32, **options):
+    outputs = [jax.ShapeDtypeStruct((24,), dtype), jax.ShapeDtypeStruct((2,), dtype)]
+    options = {"outputs": outputs, "BLOCK": 16} | options
+    return _triton.call(_scale_kernel, x, factor, size, grid=(2, 1), **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"x": np.zeros(24, np.float32)}, TypeError, "x_ptr of _scale_kernel must be"),
+        ({"size": np.int32(24)}, TypeError, "got <class 'numpy.int32'>"),
+        ({"factor": True}, TypeError, "factor of _scale_kernel must be"),
+        ({"x": jnp.zeros(24, bool)}, ValueError, "uint64; got bool"),
+        ({"dtype": jnp.float8_e5m2}, ValueError, "y_ptr of _scale_kernel must be of"),
+        ({"outputs": []}, ValueError, "y_ptr, peak_ptr; got 3 operands and 0 outputs"),
+        ({"updated": [2]}, ValueError, "operand 2 is <class 'int'>"),
+        ({"block": 16}, ValueError, "missing [], unknown ['block']"),
+    ],
+)
+def test_says_what_a_call_cannot_be_made_with(arguments, error, message):
+    assert len(call_scale(jnp.zeros(24))) == 2
+    with pytest.raises(error, match=re.escape(message)):
+        call_scale(**{"x": jnp.zeros(24)} | arguments)
+
+
+def test_says_which_constants_are_missing():
+    x, total = jnp.zeros(24), jnp.zeros(24)
+    with pytest.raises(ValueError, match=r"_add_kernel: missing \['BLOCK'\]"):
+        _triton.call(_add_kernel, x, total, 24, outputs=[], updated=[1], grid=(1, 1))
+
+
 def test_compiles_for_any_cuda_from_12_8_on_after_interpreting(compile_triton):
     scale(jnp.arange(24.0))
     shape = jax.ShapeDtypeStruct((24,), jnp.float32)
@@ -208,11 +255,47 @@ def test_dead_code_elimination_knows_both_conventions(monkeypatch):
     assert (live, kept) == ([True, True], equation)
 
 
-def test_says_what_is_missing(monkeypatch):
+def test_says_what_is_missing(monkeypatch, request):
     assert "needs a GPU, and JAX runs on 'cpu'" in _triton.unavailable(90)
-    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(_device, "compute_capability", lambda: 80)
-    assert "tested on compute capability 9.0 only" in _triton.unavailable(90)
+    request.getfixturevalue("beside_a_gpu")
+    assert "8.0 only, and this GPU (NVIDIA H100 PCIe)" in _triton.unavailable(80)
     assert _triton.unavailable(80, 90) is None
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     assert "pip install 'jattn[gpu]'" in _triton.unavailable(80)
+
+
+def test_extras_for_gpus_differ_in_cuda_only():
+    path = pathlib.Path(__file__).parents[2] / "pyproject.toml"
+    extras = tomllib.loads(path.read_text())["project"]["optional-dependencies"]
+    jax_for_gpus, *triton_packages = extras["gpu"]
+    jax_for_cuda12 = jax_for_gpus.replace("cuda13", "cuda12")
+    assert jax_for_cuda12 != jax_for_gpus
+    assert extras["gpu-cuda12"] == [jax_for_cuda12, *triton_packages]
+    assert set(triton_packages) <= set(extras["dev"])
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_a_default_device_is_what_kernels_are_chosen_for():
+    query = jax.ShapeDtypeStruct((1, 40, 2, 16), jnp.float32)
+
+    def chosen_kernels():
+        jaxpr = jax.jit(lambda *x: dense_attention(*x)).trace(query, query, query).jaxpr
+        return re.findall(r"\w+_kernel", str(jaxpr))
+
+    assert _device.multiprocessors() == 114
+    assert "forward_kernel" in chosen_kernels()
+    for device in ("cpu", jax.devices("cpu")[1]):
+        with jax.default_device(device):
+            assert "JAX runs on 'cpu'" in _triton.unavailable(90)
+            assert _device.multiprocessors() == _device.DEFAULT_MULTIPROCESSORS
+            assert _device.compute_capability() == _device.DEFAULT_CAPABILITY
+            assert chosen_kernels() == []
+
+
+@pytest.mark.usefixtures("beside_a_gpu")
+def test_warns_where_a_kernel_for_a_gpu_gets_to_a_cpu():
+    x = jnp.arange(24.0)
+    with pytest.warns(match=r"_scale_kernel, chosen for a GPU.*implementation='xla'"):
+        jax.block_until_ready(scale(x))
+    with jax.default_device("cpu"):
+        jax.block_until_ready(scale(x))
