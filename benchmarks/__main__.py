@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 import tyro
 
+from benchmarks import ops
 from benchmarks.profile import profile
 from benchmarks.results import run
 from benchmarks.table import readme, table
@@ -21,13 +22,17 @@ COMMANDS = {x.__name__: x for x in (run, table, readme, tune, profile)}
 
 
 def main(arguments: Sequence[str] | None = None) -> int | None:
-    """Runs a command and returns its exit code."""
-    return tyro.extras.subcommand_cli_from_dict(
-        COMMANDS,
-        prog="python -m benchmarks",
-        description=__doc__.splitlines()[0],
-        args=arguments,
-    )
+    """Runs a command and returns its exit code, 2 if there is not what it needs."""
+    try:
+        return tyro.extras.subcommand_cli_from_dict(
+            COMMANDS,
+            prog="python -m benchmarks",
+            description=__doc__.splitlines()[0],
+            args=arguments,
+        )
+    except ops.UsageError as error:
+        print(f"benchmarks: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":

@@ -28,6 +28,10 @@ SHAPES = {
     for length in (8, 16, 32, 64, 128)
 }
 
+# Mosaic's kernels are for groups of 16 heads.
+IN_MOSAIC = [name for name in SHAPES if name.startswith("nsa")]
+IN_TRITON = [name for name in SHAPES if name not in IN_MOSAIC]
+
 TUNING = {
     "block_sparse_forward": Tuning(
         [
@@ -42,6 +46,7 @@ TUNING = {
         ],
         case="jattn",
         direction="forward",
+        shapes=IN_TRITON,
     ),
     "block_sparse_combine": Tuning(
         [
@@ -54,6 +59,7 @@ TUNING = {
         ],
         case="jattn",
         direction="forward",
+        shapes=IN_TRITON,
     ),
     "block_sparse_forward_mosaic": Tuning(
         [
@@ -63,6 +69,7 @@ TUNING = {
         ],
         case="jattn",
         direction="forward",
+        shapes=IN_MOSAIC,
     ),
     "block_sparse_merge": Tuning(
         [
@@ -74,6 +81,7 @@ TUNING = {
         ],
         case="jattn",
         direction="forward",
+        shapes=IN_MOSAIC,
     ),
     "block_sparse_backward": Tuning(
         [
@@ -87,11 +95,13 @@ TUNING = {
         ],
         case="jattn",
         direction="backward",
+        shapes=IN_TRITON,
     ),
     "block_sparse_backward_mosaic": Tuning(
         [mosaic_backward.Tiling(programs=264)],
         case="jattn",
         direction="backward",
+        shapes=IN_MOSAIC,
     ),
 }
 

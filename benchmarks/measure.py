@@ -27,10 +27,11 @@ class Case:
     Attributes:
       function: Of the arrays, then the constants; returns one array.
       arrays: What it is differentiated in.
-      flops: Floating-point operations its result needs, whoever computes it and
+      flops: Floating-point operations a step of it needs, whoever computes it and
         however.
       backward_flops: Those that its gradients need on top; 0 to time it forward only.
       constants: Its other arguments.
+      steps: How many times in a row the function does what is to be timed.
     """
 
     function: Callable[..., jax.Array]
@@ -38,6 +39,7 @@ class Case:
     flops: int
     backward_flops: int
     constants: tuple[jax.Array, ...] = ()
+    steps: int = 1
 
     def programs(self) -> dict[str, "Program"]:
         """What to time of it, by direction."""
@@ -88,11 +90,12 @@ def measure(
         that speeds are compared with.
 
     Returns:
-      A row for each program: "case", "direction", "milliseconds" (the median),
-      "fastest_milliseconds", "slowest_milliseconds", "useful_flops_per_second",
-      "matmul_flops_per_second", "argument_bytes" (of a backward program what forward
-      saved, the inputs included), "output_bytes" and "temporary_bytes". A program that
-      could not be compiled or run has "error" instead of figures.
+      A row for each program: "case", "direction", "milliseconds" of a step (the
+      median), "fastest_milliseconds", "slowest_milliseconds",
+      "useful_flops_per_second", "matmul_flops_per_second", "argument_bytes" (of a
+      backward program what forward saved, the inputs included), "output_bytes" and
+      "temporary_bytes". A program that could not be compiled or run has "error"
+      instead of figures.
 
     Raises:
       RuntimeError: The matrix product itself failed.
@@ -120,7 +123,9 @@ def measure(
             case = cases[name]
             flops = {"forward": case.flops, "backward": case.backward_flops}
             useful = sum(n for part, n in flops.items() if part in direction)
-            row |= program.figures(useful) | {"matmul_flops_per_second": ceiling}
+            row |= program.figures(useful, case.steps) | {
+                "matmul_flops_per_second": ceiling
+            }
         else:
             row["error"] = program.error
         rows.append(row)
@@ -194,13 +199,19 @@ class Program:
         """Takes one measurement."""
         self.times.append(self._measure())
 
-    def figures(self, flops: int) -> dict[str, float]:
-        """What is reported of the program, which does so many useful operations."""
-        median = statistics.median(self.times)
+    def figures(self, flops: int, steps: int) -> dict[str, float]:
+        """What is reported of the program, each step of which does useful operations.
+
+        Args:
+          flops: Useful operations of a step.
+          steps: How many there are.
+        """
+        times = [x / steps for x in self.times]
+        median = statistics.median(times)
         return {
             "milliseconds": 1e3 * median,
-            "fastest_milliseconds": 1e3 * min(self.times),
-            "slowest_milliseconds": 1e3 * max(self.times),
+            "fastest_milliseconds": 1e3 * min(times),
+            "slowest_milliseconds": 1e3 * max(times),
             "useful_flops_per_second": flops / median,
             **self.memory(),
         }

@@ -3,6 +3,7 @@
 Everything is on the clock: compression of keys and values by their mean, selection, the
 three branches and their gated sum. Sizes are the paper's, windows of 32 keys every 16,
 16 blocks of 64, a sliding window of 512; each branch has keys and values of its own.
+`torch dense` is dense causal attention by PyTorch's scaled_dot_product_attention.
 """
 
 import functools
@@ -19,6 +20,17 @@ KERNEL_SIZE, STRIDE = 32, 16
 BLOCK_SIZE, NUM_BLOCKS = 64, 16
 WINDOW = 512
 
+means = functools.partial(
+    jattn.nsa_window_means, kernel_size=KERNEL_SIZE, stride=STRIDE
+)
+select_blocks = functools.partial(
+    jattn.nsa_select_blocks,
+    kernel_size=KERNEL_SIZE,
+    stride=STRIDE,
+    block_size=BLOCK_SIZE,
+    num_blocks=NUM_BLOCKS,
+)
+
 SHAPES = {
     f"64/4, {length}k": dict(heads=64, kv_heads=4, length=1024 * length)
     for length in (8, 16, 32, 64, 128)
@@ -29,7 +41,12 @@ SHAPES = {
 
 
 def cases(
-    *, length: int, heads: int, kv_heads: int, width: int = 128
+    *,
+    length: int,
+    heads: int,
+    kv_heads: int,
+    width: int = 128,
+    blocks_given: bool = False,
 ) -> dict[str, Case]:
     """The operation, and dense causal attention by cuDNN and by PyTorch.
 
@@ -38,6 +55,8 @@ def cases(
       heads: Query heads.
       kv_heads: Key-value heads.
       width: That of the heads.
+      blocks_given: Whether the operation gets the blocks it would choose: another
+        rounding makes another choice where two scores are close.
     """
     query, *pairs = normal(
         (1, length, heads, width), *[(1, length, kv_heads, width)] * 6
@@ -48,9 +67,10 @@ def cases(
     seen += sum(
         (t + 1 - KERNEL_SIZE) // STRIDE + 1 for t in range(KERNEL_SIZE - 1, length)
     )
-    arrays = (query, *pairs, gates)
+    flops = attention_flops(seen, heads, width)
+    blocks = (select_blocks(query, means(pairs[0])),) if blocks_given else ()
     return {
-        "jattn": Case(native_sparse, arrays, **attention_flops(seen, heads, width)),
+        "jattn": Case(native_sparse, (query, *pairs, gates), constants=blocks, **flops),
         "cudnn": cudnn(query, *pairs[:2]),
         **torch_peers.attention(query, *pairs[:2]),
     }
@@ -65,11 +85,9 @@ def native_sparse(
     key_window: jax.Array,
     value_window: jax.Array,
     gates: jax.Array,
+    block_indices: jax.Array | None = None,
 ) -> jax.Array:
     """Native sparse attention of query [B, T, N, H] with compression by the mean."""
-    means = functools.partial(
-        jattn.nsa_window_means, kernel_size=KERNEL_SIZE, stride=STRIDE
-    )
     return jattn.native_sparse_attention(
         query,
         (means(key), means(value)),
@@ -81,4 +99,5 @@ def native_sparse(
         block_size=BLOCK_SIZE,
         num_blocks=NUM_BLOCKS,
         window_size=WINDOW,
+        block_indices=block_indices,
     )

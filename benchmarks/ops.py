@@ -13,11 +13,17 @@ import importlib
 import pathlib
 import re
 import types
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 # The name of dense attention by cuDNN among the cases.
 REFERENCE = "cudnn"
+# With these start the names of other libraries' cases, whose losses are not jattn's.
+PEERS = ("cudnn", "torch")
+
+
+class UsageError(Exception):
+    """There is not what was asked for; the message is one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,9 +55,27 @@ def shapes(module: types.ModuleType, parts: Sequence[str]) -> dict[str, dict]:
 
     A part is of whole words: "8k" is no part of "nsa 64/4, 128k".
     """
-    patterns = [rf"(?<!\w){re.escape(part)}(?!\w)" for part in parts]
     return {
         name: sizes
         for name, sizes in module.SHAPES.items()
-        if not parts or any(re.search(pattern, name) for pattern in patterns)
+        if not parts or any(_contains(name, part) for part in parts)
     }
+
+
+def check_names(kind: str, asked: Iterable[str], there: Iterable[str]) -> None:
+    """Raises UsageError if a name of that kind was asked for that is not there."""
+    if unknown := set(asked) - set(there):
+        names = ", ".join(sorted(unknown))
+        raise UsageError(f"no {kind} {names}; there are {list(there)}")
+
+
+def check_parts(parts: Iterable[str], names: Iterable[str]) -> None:
+    """Raises UsageError if one of the parts is in no name of a shape; see `shapes`."""
+    names = list(dict.fromkeys(names))
+    for part in parts:
+        if not any(_contains(name, part) for name in names):
+            raise UsageError(f"no shape has {part!r} in its name; there are {names}")
+
+
+def _contains(name, part) -> bool:
+    return re.search(rf"(?<!\w){re.escape(part)}(?!\w)", name) is not None

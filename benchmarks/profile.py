@@ -27,8 +27,14 @@ def profile(
       shapes: Only those whose name contains one of these, such as 64k.
       cases: Only these competitors. Those in PyTorch are left out.
       top: Kernels to print of each program, those that take longest.
+
+    Raises:
+      ops.UsageError: There is no such operation or shape.
     """
-    module = ops.modules()[name]
+    modules = ops.modules()
+    ops.check_names("operation", [name], modules)
+    module = modules[name]
+    ops.check_parts(shapes, module.SHAPES)
     for shape, sizes in ops.shapes(module, shapes).items():
         for case, function in module.cases(**sizes).items():
             if (cases and case not in cases) or isinstance(function, TorchCase):
@@ -36,7 +42,8 @@ def profile(
             for direction, program in function.programs().items():
                 for step in (program.lower, program.compile):
                     program.attempt(step)
-                print(f"\n{shape}, {case}, {direction}")
+                steps = f", {function.steps} steps" if function.steps > 1 else ""
+                print(f"\n{shape}, {case}, {direction}{steps}")
                 if program.error is not None:
                     print(program.error)
                     continue

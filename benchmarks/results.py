@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from benchmarks import ops
+from benchmarks import files, ops
 from benchmarks.measure import measure
-from benchmarks.table import details
+from benchmarks.table import ROOT, details
 
 PACKAGES = ("jax", "jaxlib", "jax-triton", "triton", "torch", "nvidia-cudnn-cu13")
 
@@ -33,25 +33,31 @@ def run(
 
     Args:
       names: Operations; all of them if none is named.
-      out: JSON file, replaced after every shape.
+      out: JSON file, replaced after every shape; rows of other shapes stay.
       shapes: Only those whose name contains one of these, such as 64k.
       rounds: Measurements of each program.
       seconds: Least duration of one measurement.
 
     Returns:
-      Exit code: 1 if the cases of a shape could not be made, 2 for an unknown name.
+      Exit code: 1 if the cases of a shape could not be made.
+
+    Raises:
+      ops.UsageError: There is no such operation or shape, or the file has something
+        else in it.
     """
     modules = ops.modules()
-    if unknown := set(names) - set(modules):
-        print(f"no operation {', '.join(sorted(unknown))}; there are {list(modules)}")
-        return 2
+    ops.check_names("operation", names, modules)
+    names = names or tuple(modules)
+    ops.check_parts(shapes, [x for op in names for x in modules[op].SHAPES])
     chosen = {
         (op, shape): sizes
-        for op in names or modules
+        for op in names
         for shape, sizes in ops.shapes(modules[op], shapes).items()
     }
-    results = environment() | {"rounds": rounds, "seconds": seconds}
-    results |= {"shapes": {}, "rows": []}
+    results = {"shapes": {}, "measured_with": {}, "rows": []}
+    if out.exists():
+        results = files.load(out)
+    measured_with = environment() | {"rounds": rounds, "seconds": seconds}
     failed = False
     for (op, shape), sizes in chosen.items():
         try:
@@ -60,38 +66,49 @@ def run(
             traceback.print_exc()
             failed = True
             continue
-        results["shapes"].setdefault(op, {})[shape] = sizes
-        results["rows"] += [{"op": op, "shape": shape, **row} for row in rows]
+        new = {
+            "shapes": {op: {shape: sizes}},
+            "measured_with": {op: {shape: measured_with}},
+            "rows": [{"op": op, "shape": shape, **row} for row in rows],
+        }
+        results = files.merged(results, new, modules)
         replace(out, json.dumps(results, indent=1) + "\n")
-        this = {"shapes": {op: {shape: sizes}}}
-        print(details(results | this)[op], flush=True)
+        print(details(new)[op], flush=True)
         # What jit holds on to in cycles would crowd out the next shape.
         gc.collect()
     return int(failed)
 
 
 def environment() -> dict[str, Any]:
-    """What the figures depend on beside the code."""
+    """Device, driver, versions, and the commit if this is a checkout."""
     versions = {}
     for name in PACKAGES:
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             versions[name] = None
-    return {
+    driver = _output(
+        "nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"
+    )
+    found = {
         "device": jax.devices()[0].device_kind,
-        "driver": _driver(),
+        "driver": driver and driver.splitlines()[0].strip(),
         "versions": versions,
     }
+    if commit := _output("git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"):
+        sources = ("status", "--porcelain", "jattn", "pallas")
+        changed = _output("git", "-C", str(ROOT), *sources)
+        found["commit"] = commit + (" with changes" if changed else "")
+    return found
 
 
-def _driver() -> str | None:
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+def _output(*command: str) -> str | None:
+    """What a command prints, or None if it is not there or fails."""
     try:
         answer = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
-    return answer.stdout.splitlines()[0].strip()
+    return answer.stdout.strip()
 
 
 def replace(path: pathlib.Path, text: str) -> None:

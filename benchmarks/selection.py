@@ -55,7 +55,8 @@ TUNING = {
         ],
         case="lse given",
         direction="forward",
-        shapes=NSA_SHAPES,
+        # With fewer queries there are too few tiles for it.
+        shapes=[name for name in NSA_SHAPES if name != "nsa 64/4, 8k"],
     ),
     "selection_log_sum_exp": Tuning(
         [

@@ -1,10 +1,10 @@
 """Selective Attention beside dense causal attention.
 
 Inputs are N(0, 1) numbers. The selecting head's logits are then N(0, 1) as well, and a
-query adds 0.4 to the F of every key before it on average. With SKIP_ERROR, a tile of 64
-keys is skipped once all its F are past the threshold of about 50, which is some 130 to
-180 queries later: more than 80 % of the tiles at 4096 tokens, and a larger part of more
-tokens. `skipped_share` counts them.
+query adds 0.4 to the F of every key before it on average. Where up to 1e-4 of the
+softmax weight may be skipped, a tile of 64 keys is left out once all its F are past the
+threshold of about 50, which is some 130 to 180 queries later: more than 80 % of the
+tiles at 4096 tokens, and a larger part of more tokens. Packed, a row is one document.
 """
 
 import functools
@@ -32,6 +32,7 @@ SHAPES = {
 
 # What Mosaic does not support, and Triton does.
 IN_TRITON = ["16/16, 4k, 96 wide"]
+IN_MOSAIC = [name for name in SHAPES if name not in IN_TRITON]
 
 TUNING = {
     "selective_forward_mosaic": Tuning(
@@ -49,6 +50,7 @@ TUNING = {
         ],
         case="jattn",
         direction="forward",
+        shapes=IN_MOSAIC,
     ),
     "selective_forward": Tuning(
         [
@@ -101,6 +103,7 @@ TUNING = {
         ],
         case="jattn",
         direction="backward",
+        shapes=IN_MOSAIC,
     ),
     "selective_query_gradient_mosaic": Tuning(
         [
@@ -110,6 +113,7 @@ TUNING = {
         ],
         case="jattn",
         direction="backward",
+        shapes=IN_MOSAIC,
     ),
     "selective_mask_gradient": Tuning(
         [

@@ -1,34 +1,36 @@
 """Prints results as tables in Markdown, the short ones into the README."""
 
+import collections
 import itertools
-import json
 import pathlib
 from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import tyro
 
-from benchmarks import ops
+from benchmarks import files, ops
 
 DIRECTIONS = ("forward", "backward", "forward and backward")
 ROOT = pathlib.Path(__file__).parents[1]
 START = "<!-- python -m benchmarks readme: start -->\n"
 END = "<!-- python -m benchmarks readme: end -->\n"
 
-Files = Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional]
+Paths = Annotated[tuple[pathlib.Path, ...], tyro.conf.Positional]
 
 
-def table(files: Files, /) -> None:
+def table(paths: Paths, /) -> None:
     """Prints everything that was measured.
 
     Args:
-      files: What `run` wrote.
+      paths: Files that `run` wrote.
+
+    Raises:
+      ops.UsageError: A file is not there, or has something else in it.
     """
-    for file in files:
-        results = json.loads(file.read_text())
-        print(f"{file.name}, {_environment(results)}", end="\n\n")
-        for name, lines in details(results).items():
-            print(f"{name}\n\n{lines}\n")
+    for path, results in [(path, files.load(path)) for path in paths]:
+        for op, lines in details(results).items():
+            source = _source(results, op)
+            print(f"{op}\n\n{lines}\n\n{path.name}{source}\n")
 
 
 def readme() -> None:
@@ -44,11 +46,11 @@ def with_tables(text: str) -> str:
     modules = ops.modules()
     sections = []
     for path in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        results = json.loads(path.read_text())
+        results = files.load(path)
         for op, lines in summaries(results).items():
             about = modules[op].__doc__.strip()
             source = f"[{path.name}](benchmarks/results/{path.name})"
-            source += f": {_environment(results)}."
+            source += _source(results, op)
             sections.append(f"**{op}**: {about}\n\n{lines}\n\n{source}\n")
     return before + START + "\n" + "\n".join(sections) + "\n" + END + after
 
@@ -110,9 +112,12 @@ def summaries(results: dict[str, Any]) -> dict[str, str]:
                 cells.append(cell)
             lines.append(_line([shape, *cells]))
         slower = []
-        for case, direction in itertools.product(cases, directions):
+        own = [x for x in cases if not x.startswith(ops.PEERS)]
+        for case, direction in itertools.product(own, directions):
             ratios = {x: _ratio(rows, x, case, direction) for x in shapes}
-            where = [f"{x} ({r:.2f}x)" for x, r in ratios.items() if r and r < 1]
+            where = [
+                f"{x} ({r:.2f}x)" for x, r in ratios.items() if r and round(r, 2) < 1
+            ]
             if where:
                 slower.append(f"- {case} {direction}: {'; '.join(where)}")
         verdict = ["Slower than cuDNN:", "", *slower] if slower else []
@@ -120,11 +125,28 @@ def summaries(results: dict[str, Any]) -> dict[str, str]:
     return tables
 
 
-def _environment(results) -> str:
-    versions = ", ".join(f"{k} {v}" for k, v in results["versions"].items() if v)
-    driver = f", driver {results['driver']}" if results.get("driver") else ""
-    rounds = f"medians of {results['rounds']} rounds"
-    return f"{results['device']}{driver}, {versions}, {rounds}"
+def _source(results, op) -> str:
+    """What an operation was measured with: what follows the name of the file.
+
+    It is a list where the shapes do not agree.
+    """
+    shapes = collections.defaultdict(list)
+    for shape in results["shapes"][op]:
+        shapes[_environment(results["measured_with"][op][shape])].append(shape)
+    if len(shapes) == 1:
+        return f": {next(iter(shapes))}."
+    lines = [f"- {'; '.join(names)}: {x}." for x, names in shapes.items()]
+    return "\n".join([":", "", *lines])
+
+
+def _environment(measured_with) -> str:
+    parts = [measured_with["device"]]
+    if driver := measured_with["driver"]:
+        parts.append(f"driver {driver}")
+    parts += [f"{k} {v}" for k, v in measured_with["versions"].items() if v]
+    if commit := measured_with.get("commit"):
+        parts.append(f"commit {commit}")
+    return ", ".join([*parts, f"medians of {measured_with['rounds']} rounds"])
 
 
 def _by_key(results, op) -> dict[tuple[str, str, str], dict[str, Any]]:

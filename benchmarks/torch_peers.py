@@ -133,4 +133,6 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> dict[str, C
         return out.transpose(1, 2)
 
     dense = cudnn(query, key, value)
-    return {"torch": dataclasses.replace(TorchCase(**vars(dense)), function=attend)}
+    return {
+        "torch dense": dataclasses.replace(TorchCase(**vars(dense)), function=attend)
+    }

@@ -32,7 +32,7 @@ def tune(
     shapes: tuple[str, ...] = (),
     rounds: int = 5,
     seconds: float = 0.05,
-) -> int:
+) -> None:
     """Times the candidate tilings of kernels and writes the best into a table.
 
     A candidate that cannot be compiled or run, or that gives another result than the
@@ -46,23 +46,31 @@ def tune(
       rounds: Measurements of each candidate.
       seconds: Least duration of one measurement.
 
-    Returns:
-      Exit code: 2 for an unknown kernel, or a table of another device.
+    Raises:
+      ops.UsageError: There is no such kernel or shape, or the table is of another
+        device.
     """
     known = {
         kernel: (module, x)
         for module in ops.modules().values()
         for kernel, x in getattr(module, "TUNING", {}).items()
     }
-    if unknown := set(kernels) - set(known):
-        print(f"no kernel {', '.join(sorted(unknown))}; there are {sorted(known)}")
-        return 2
+    ops.check_names("kernel", kernels, sorted(known))
+    kernels = kernels or tuple(known)
+    ops.check_parts(
+        shapes,
+        [
+            shape
+            for module, declared in (known[kernel] for kernel in kernels)
+            for shape in declared.shapes or module.SHAPES
+        ],
+    )
     device = jax.devices()[0].device_kind
     if out.name != tuning.table_name(device):
-        print(f"the table of this {device} is called {tuning.table_name(device)}")
-        return 2
+        name = tuning.table_name(device)
+        raise ops.UsageError(f"the table of this {device} is called {name}, not {out}")
     table = tuning.parse(out.read_text(), out.name) if out.exists() else {}
-    for kernel in kernels or known:
+    for kernel in kernels:
         module, declared = known[kernel]
         done = []
         for name, sizes in ops.shapes(module, shapes).items():
@@ -74,7 +82,6 @@ def tune(
             if row is not None:
                 done.append(row["shape"])
                 replace(out, text(merged(table, kernel, row)))
-    return 0
 
 
 def best(

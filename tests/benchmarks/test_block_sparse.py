@@ -1,10 +1,12 @@
 """The cases of block-sparse attention, small and on a CPU."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks import block_sparse, moba
+from benchmarks import block_sparse, moba, nsa
 from jattn import block_sparse_attention
+from tests.support import relative_rms
 
 SMALL = dict(length=70, heads=4, kv_heads=2, block_size=16, num_blocks=3, width=16)
 
@@ -33,3 +35,16 @@ def test_cases_run():
         assert [x.shape for x in dense.arrays] == [x.shape for x in case.arrays]
         assert 0 < case.flops < dense.flops
         assert case.backward_flops == 2.5 * case.flops
+
+
+def test_blocks_that_are_given_are_those_that_would_be_chosen():
+    sizes = dict(length=100, heads=2, kv_heads=1, width=16)
+    case = nsa.cases(**sizes, blocks_given=True)["jattn"]
+    (blocks,) = case.constants
+    assert blocks.shape == (1, 100, 1, nsa.NUM_BLOCKS)
+    run = jax.jit(case.function)
+    chosen, given = run(*case.arrays), run(*case.arrays, blocks)
+    assert relative_rms(given, chosen) <= 5e-3
+    # Others make a difference: it is these that are read.
+    others = run(*case.arrays, jnp.zeros_like(blocks))
+    assert relative_rms(others, chosen) > 0.1

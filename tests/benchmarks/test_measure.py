@@ -1,11 +1,14 @@
 """benchmarks.measure: what is timed, and what becomes of what fails."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.measure import Case, measure
+from benchmarks.measure import Case, Program, measure
 from tests.support import normal
 
 QUICK = {"rounds": 3, "seconds": 1e-3, "matmul_size": 32}
@@ -60,6 +63,19 @@ def test_figures():
     assert rows[0]["argument_bytes"] >= 4 * (8 * 16 + 16 * 4 + 1)
     assert rows[0]["output_bytes"] >= 4 * 8 * 4
     assert rows[2]["output_bytes"] >= 4 * (8 * 16 + 16 * 4)
+
+
+def test_figures_are_of_one_step(monkeypatch):
+    def sixteen_seconds(program):
+        program.times.append(16.0)
+
+    monkeypatch.setattr(Program, "time", sixteen_seconds)
+    cases = {"one": case(), "eight": dataclasses.replace(case(), steps=8)}
+    one, eight = itertools.batched(measure(cases, **QUICK), 3)
+    for whole, step in zip(one, eight, strict=True):
+        for key in ("milliseconds", "fastest_milliseconds", "slowest_milliseconds"):
+            assert (whole[key], step[key]) == (16e3, 2e3)
+    assert [row["useful_flops_per_second"] for row in eight] == [500, 1000, 1500]
 
 
 def test_backward_is_timed_only_where_it_has_flops():

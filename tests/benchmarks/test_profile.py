@@ -10,7 +10,7 @@ from tests.support import normal
 
 def test_kernels_are_added_up_by_name(monkeypatch, capsys):
     def cases():
-        works = Case(lambda x: 2 * x, tuple(normal(0, (3,))), 1, 0)
+        works = Case(lambda x: 2 * x, tuple(normal(0, (3,))), 1, 0, steps=8)
         fails = Case(lambda x: x @ x @ x, tuple(normal(0, (3, 4))), 1, 0)
         return {"works": works, "fails": fails, "unasked": works}
 
@@ -25,7 +25,7 @@ def test_kernels_are_added_up_by_name(monkeypatch, capsys):
     main(["profile", "op", "--shapes", "8k", "--cases", "works", "fails"])
     works, fails = capsys.readouterr().out.strip().split("\n\n")
     assert works.splitlines() == [
-        "8k, works, forward",
+        "8k, works, forward, 8 steps",
         "    3.750 ms in all",
         "    2.000 ms      1 x sort",
         "    1.750 ms      2 x dot",

@@ -1,8 +1,12 @@
 """python -m benchmarks tune: which tiling wins, and what the table looks like."""
 
+import collections
 import dataclasses
+import functools
 import importlib.resources
 import json
+import pathlib
+import re
 import time
 import types
 
@@ -14,7 +18,7 @@ import pytest
 from benchmarks import ops, tune
 from benchmarks.__main__ import main
 from benchmarks.measure import Case
-from jattn.pallas import tuning
+from jattn.pallas import _device, tuning
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +30,15 @@ class Tiling:
 
 
 HEURISTIC = Tiling(100)
+
+DECLARED = {
+    kernel: (module, x)
+    for module in ops.modules().values()
+    for kernel, x in getattr(module, "TUNING", {}).items()
+}
+
+# Kernels that ask for a tiling of which no others are listed to be tried.
+UNTRIED = {"block_sparse_query_sums", "selective_mask"}
 
 
 def function(x, sizes):
@@ -64,7 +77,7 @@ def run(monkeypatch, tmp_path):
         module = operation(candidates, sizes)
         monkeypatch.setattr(ops, "modules", lambda: {"sleep": module})
         quick = ["--rounds", "1", "--seconds", "0.001"]
-        assert main(["tune", *arguments, "--out", str(out), *quick]) == 0
+        assert main(["tune", *arguments, "--out", str(out), *quick]) is None
         return tuning.parse(out.read_text(), out.name)["sleep"]
 
     return run
@@ -110,11 +123,31 @@ def test_a_case_has_to_ask_for_one_tiling(run):
             run([Tiling(1)], sizes=sizes)
 
 
-def test_unknown_kernels_and_tables_of_other_devices_are_refused(capsys, tmp_path):
-    assert main(["tune", "slep", "--out", str(tmp_path / "cpu.json")]) == 2
-    assert "no kernel slep; there are ['block_sparse_" in capsys.readouterr().out
-    assert main(["tune", "--out", str(tmp_path / "nvidia_h200.json")]) == 2
-    assert "the table of this cpu is called cpu.json" in capsys.readouterr().out
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["slep", "--out", "cpu.json"], "no kernel slep; there are ['block_sparse_"),
+        (
+            ["--out", "nvidia_h200.json"],
+            "the table of this cpu is called cpu.json, not nvidia_h200.json",
+        ),
+        # Other kernels than the one have shapes of that name.
+        (
+            ["selection_affinities", "--out", "cpu.json", "--shapes", "8k", "nsa"],
+            "no shape has 'nsa' in its name; there are ['moba 16/16, 8k', ",
+        ),
+    ],
+)
+def test_what_is_not_there_is_named_in_a_sentence(
+    capsys, tmp_path, monkeypatch, arguments, problem
+):
+    monkeypatch.chdir(tmp_path)
+    assert main(["tune", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith(f"benchmarks: {problem}")
+    assert captured.err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_table_has_a_line_for_each_row_in_a_fixed_order():
@@ -133,8 +166,7 @@ def test_a_table_has_a_line_for_each_row_in_a_fixed_order():
 def test_committed_tables_are_as_the_tuner_writes_them():
     declared = {
         kernel: {field.name for field in dataclasses.fields(x.candidates[0])}
-        for module in ops.modules().values()
-        for kernel, x in getattr(module, "TUNING", {}).items()
+        for kernel, (_, x) in DECLARED.items()
     }
     package = importlib.resources.files(tuning)
     for file in package.iterdir():
@@ -145,3 +177,76 @@ def test_committed_tables_are_as_the_tuner_writes_them():
         for kernel, rows in table.items():
             for row in rows:
                 assert set(row["tiling"]) == declared[kernel]
+
+
+def launch(module, shape, name):
+    """Calls a case forward and, if it has gradients, backward."""
+    case = module.cases(**module.SHAPES[shape])[name]
+
+    def function(*arrays):
+        return case.function(*arrays, *case.constants)
+
+    if not case.backward_flops:
+        return function(*case.arrays)
+    out, pullback = jax.vjp(function, *case.arrays)
+    return pullback(jnp.ones_like(out))
+
+
+@pytest.fixture(scope="module")
+def requests():
+    """What each kernel asks for on a GPU, by the module, case and shape it is tuned on.
+
+    A request is the kernel's name and what its tiling depends on. Of the shapes that a
+    kernel is tuned on there are the first and the last.
+    """
+    found = collections.defaultdict(set)
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(_device, "unsupported", lambda *_: None)
+        for module, declared in DECLARED.values():
+            shapes = list(declared.shapes or module.SHAPES)
+            for shape in (shapes[0], shapes[-1]):
+                key = module, declared.case, shape
+                if key in found:
+                    continue
+
+                def choose(kernel, sizes, heuristic, key=key):
+                    found[key].add((kernel, frozenset(sizes.items())))
+                    return heuristic
+
+                monkeypatch.setattr(tuning, "choose", choose)
+                jax.clear_caches()
+                jax.eval_shape(functools.partial(launch, module, shape, declared.case))
+    # What was traced for a GPU is of no use elsewhere.
+    jax.clear_caches()
+    return found
+
+
+def test_kernels_that_ask_for_a_tiling_are_declared(requests):
+    asked = {kernel for found in requests.values() for kernel, _ in found}
+    folder = pathlib.Path(tuning.__file__).parents[1]
+    for path in folder.rglob("*.py"):
+        asked.update(re.findall(r'tuning\.choose\(\s*"(\w+)"', path.read_text()))
+    assert asked == {*DECLARED, *UNTRIED}
+
+
+@pytest.mark.parametrize("kernel", DECLARED)
+def test_kernels_are_launched_where_they_are_tuned(requests, kernel):
+    module, declared = DECLARED[kernel]
+    shapes = list(declared.shapes or module.SHAPES)
+    for shape in (shapes[0], shapes[-1]):
+        found = requests[module, declared.case, shape]
+        # For one tiling only: `best` tries the others in its place.
+        assert [name for name, _ in found].count(kernel) == 1, shape
+
+
+def test_committed_rows_are_of_what_kernels_ask_for(requests):
+    asked = collections.defaultdict(list)
+    for found in requests.values():
+        for kernel, sizes in found:
+            asked[kernel].append(dict(sizes).keys())
+    package = importlib.resources.files(tuning)
+    for file in package.iterdir():
+        if file.name.endswith(".json"):
+            for kernel, rows in tuning.parse(file.read_text(), file.name).items():
+                for row in rows:
+                    assert row["shape"].keys() in asked[kernel], kernel

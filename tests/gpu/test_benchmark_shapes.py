@@ -1,18 +1,26 @@
 """The numerical gate at the shapes that are measured, on shorter sequences.
 
-Schemes that select keys by scores are not among them: where two scores are close,
-another rounding makes another choice. Their parts are.
+Where keys are selected by scores, all forms get the same selection: where two scores
+are close, another rounding makes another choice.
 """
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import ops
+from benchmarks import nsa, ops
 from jattn.ops import _common
 from tests.gpu.gate import assert_passes_gate
+from tests.support import temporary_bytes
 
-OPERATIONS = ("block_sparse", "flash", "selective", "simplicial")
+# With what their cases are given besides.
+OPERATIONS = {
+    "block_sparse": {},
+    "flash": {},
+    "nsa": {"blocks_given": True},
+    "selective": {},
+    "simplicial": {},
+}
 KERNELS = ("jattn", "triton", "mosaic")
 
 # Longer than every window and list of blocks, short enough for the fp32 reference.
@@ -22,10 +30,10 @@ SHORT = {"batch": 1, "length": 2048}
 def measured_shapes():
     """Names of shapes that differ even if they are short, with module and sizes."""
     found = {}
-    for operation in OPERATIONS:
+    for operation, others in OPERATIONS.items():
         module = ops.modules()[operation]
         for name, sizes in module.SHAPES.items():
-            short = sizes | {x: SHORT[x] for x in SHORT if x in sizes}
+            short = sizes | {x: SHORT[x] for x in SHORT if x in sizes} | others
             if (module, short) not in found.values():
                 found[f"{operation}, {name}"] = module, short
     return found
@@ -64,3 +72,10 @@ def test_numerical_gate(monkeypatch, name):
     for case, found in actual.items():
         print(case)
         assert_passes_gate(found, plain, reference)
+
+
+def test_memory_of_native_sparse_attention():
+    sizes = nsa.SHAPES["64/4, 64k"]
+    arrays = jax.eval_shape(lambda: nsa.cases(**sizes)["jattn"].arrays)
+    # The queries are 1 GiB, as is the output of every branch.
+    assert temporary_bytes(nsa.native_sparse, *arrays) < 2e9

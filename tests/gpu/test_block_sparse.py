@@ -13,6 +13,7 @@ import pytest
 
 from jattn.nn import MixtureOfBlockAttention, NativeSparseAttention
 from jattn.ops.block_sparse import block_sparse_attention
+from jattn.ops.compressed import num_windows
 from jattn.ops.moba import mixture_of_block_attention, moba_select_blocks
 from jattn.ops.nsa import native_sparse_attention, nsa_select_blocks
 from jattn.pallas.block_sparse import pairs
@@ -145,7 +146,7 @@ def moba_blocks(query, key, _):
     return moba_select_blocks(query, key, block_size=128, top_k=3)
 
 
-def nsa_op(query, *arrays, blocks, implementation):
+def nsa_op(query, *arrays, blocks, implementation, **options):
     return native_sparse_attention(
         query,
         arrays[:2],
@@ -156,6 +157,7 @@ def nsa_op(query, *arrays, blocks, implementation):
         window_size=128,
         block_indices=blocks,
         implementation=implementation,
+        **options,
     )
 
 
@@ -201,6 +203,81 @@ def test_automatic_choice_in_operations(name):
     plain = run(arrays, blocks, implementation="xla")
     assert_passes_gate(run(arrays, blocks), plain, reference)
     assert_passes_gate(run(arrays, None), plain, reference)
+
+
+# Sizes by name: T, G, H, V, dtype, and what is special.
+NSA_CASES = {
+    **{f"group {g}": dict(g=g) for g in (1, 3, 8, 32)},
+    "fp16": dict(dtype="fp16"),
+    "fp32": dict(dtype="fp32"),
+    "widths 192, 128": dict(h=192),
+    "packed": dict(packed=True),
+    "sizes 16, 8, 32": dict(kernel_size=16, stride=8, block_size=32),
+    **{f"T = {t}": dict(t=t) for t in (20, 63)},
+}
+
+
+def nsa_inputs(case):
+    """Arrays, cotangents and options of a case of the whole operation."""
+    defaults = dict(t=1000, g=16, h=128, v=128, dtype="bf16", packed=False)
+    windows = dict(kernel_size=32, stride=16)
+    sizes = defaults | windows | dict(block_size=64) | case
+    t, h, v = (sizes[x] for x in "thv")
+    b, k, n = 2, 2, 2 * sizes["g"]
+    dtype = DTYPES[sizes["dtype"]]
+    windows = {x: sizes[x] for x in windows}
+    arrays = normal(
+        0,
+        (b, t, n, h),
+        *[(b, s, k, x) for s in (num_windows(t, **windows), t, t) for x in (h, v)],
+        (b, t, n, 3),
+        dtype=dtype,
+    )
+    out_cotangent, lse_cotangent = normal(1, (b, t, n, v), (b, t, n, 3))
+    packed = documents(t // 3, t - t // 3, batch=b) if sizes["packed"] else None
+    options = windows | {"block_size": sizes["block_size"], "segment_ids": packed}
+    return arrays, (out_cotangent.astype(dtype), lse_cotangent), options
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("implementation", "kernel_size", "stride", "block_size"),
+)
+def nsa_results(arrays, blocks, cotangents, *, implementation=None, **options):
+    """Output, log-sum-exps and every gradient; besides the blocks that were read."""
+
+    def attend(*arrays):
+        *results, read = nsa_op(
+            *arrays,
+            blocks=blocks,
+            implementation=implementation,
+            return_lse=True,
+            return_block_indices=True,
+            **options,
+        )
+        return results, read
+
+    results, pullback, read = jax.vjp(attend, *arrays, has_aux=True)
+    cotangents = [x.astype(y.dtype) for x, y in zip(cotangents, results, strict=True)]
+    return (*results, *pullback(cotangents)), read
+
+
+@pytest.mark.parametrize("name", NSA_CASES)
+def test_native_sparse_attention(name):
+    arrays, cotangents, options = nsa_inputs(NSA_CASES[name])
+    run = functools.partial(nsa_results, cotangents=cotangents, **options)
+    chosen, blocks = run(arrays, None)
+    assert calls_kernel(run, arrays, blocks)
+    given, _ = run(arrays, blocks)
+    with jax.default_matmul_precision("highest"):
+        wide = [x.astype(jnp.float32) for x in arrays]
+        reference, _ = run(wide, blocks, implementation="xla")
+    plain, _ = run(arrays, blocks, implementation="xla")
+    for actual in (chosen, given):
+        assert_passes_gate(actual, plain, reference)
+    again = run(arrays, None)
+    for x, y in zip((*again[0], again[1]), (*chosen, blocks), strict=True):
+        np.testing.assert_array_equal(x, y)
 
 
 MODULES = {
