@@ -60,6 +60,7 @@ def recipe(
     tokenizer: str | None = None,
     layers: int = 6,
     memory_loss_weight: float = 0.1,
+    memory_loss_warmup: int = 0,
     memory_tau: float = 4.0,
     steps: int = 2000,
     seed: int = 0,
@@ -75,6 +76,7 @@ def recipe(
       tokenizer: Its file; bytes are the tokens if None.
       layers: Of each of the two models.
       memory_loss_weight: See `TrainConfig`.
+      memory_loss_warmup: Likewise.
       memory_tau: See `jattn.train.SelectiveConfig`.
       steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
@@ -99,6 +101,7 @@ def recipe(
         seed=seed,
         dtype="bfloat16",
         memory_loss_weight=memory_loss_weight,
+        memory_loss_warmup=memory_loss_warmup,
         log_every=20,
         eval_every=100,
         eval_batches=4,
@@ -170,9 +173,14 @@ def measure(
             config.model, scheme="dense", selective=SelectiveConfig()
         ),
         memory_loss_weight=TrainConfig.memory_loss_weight,
+        memory_loss_warmup=TrainConfig.memory_loss_warmup,
     )
-    weight, tau = config.memory_loss_weight, config.model.selective.memory_tau
-    selective = f"selective_{weight:g}_{tau:g}"
+    memory_loss = dict(
+        memory_loss_weight=config.memory_loss_weight,
+        memory_loss_warmup=config.memory_loss_warmup,
+        memory_tau=config.model.selective.memory_tau,
+    )
+    selective = "_".join(["selective", *(f"{x:g}" for x in memory_loss.values())])
     runs, measured = {}, {}
     for name, run_config in (("dense", dense), (selective, config)):
         scheme = run_config.model.scheme
@@ -201,8 +209,7 @@ def measure(
     return {
         "context": config.data.context_length,
         "layers": config.model.num_layers,
-        "memory_loss_weight": weight,
-        "memory_tau": tau,
+        **memory_loss,
         "seed": config.seed,
         "text": {
             "train_bytes": data.train_bytes,
@@ -308,6 +315,7 @@ def main(
     vocabulary: int | None = None,
     layers: int = 6,
     memory_loss_weight: float = 0.1,
+    memory_loss_warmup: int = 0,
     memory_tau: float = 4.0,
     steps: int = 2000,
     seed: int = 0,
@@ -325,6 +333,7 @@ def main(
         tokens if None.
       layers: Of each of the two models.
       memory_loss_weight: Of the memory loss in the selective model's loss.
+      memory_loss_warmup: Steps over which that weight grows.
       memory_tau: Selection from which that loss counts a key as forgotten.
       steps: Of each of the two models.
       seed: Of parameters and of the order of the data.
@@ -346,6 +355,7 @@ def main(
         tokenizer=tokenizer,
         layers=layers,
         memory_loss_weight=memory_loss_weight,
+        memory_loss_warmup=memory_loss_warmup,
         memory_tau=memory_tau,
         steps=steps,
         seed=seed,
@@ -359,8 +369,8 @@ def main(
 
 
 def _key(found: dict[str, Any]) -> list[float]:
-    names = ("context", "layers", "memory_loss_weight", "memory_tau", "seed")
-    return [found[name] for name in names]
+    memory_loss = ("memory_loss_weight", "memory_loss_warmup", "memory_tau")
+    return [found[name] for name in ("context", "layers", *memory_loss, "seed")]
 
 
 if __name__ == "__main__":

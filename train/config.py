@@ -373,6 +373,8 @@ class TrainConfig:
       seed: Of parameters, order of the data and masking.
       dtype: Of the computation; parameters are always float32.
       memory_loss_weight: Weight of Selective Attention's memory loss.
+      memory_loss_warmup: Steps over which that weight grows in proportion, so that a
+        model learns what to attend to before it learns to forget.
       load_balance_weight: Weight of the experts' load-balance loss.
       log_every: Steps between two lines of metrics.
       eval_every: Steps between two evaluations; one takes place at the end anyway.
@@ -392,6 +394,7 @@ class TrainConfig:
     seed: int = 0
     dtype: Literal["float32", "bfloat16"] = "float32"
     memory_loss_weight: float = 0.1
+    memory_loss_warmup: int = 0
     load_balance_weight: float = 0.01
     log_every: int = 10
     eval_every: int = 100
@@ -408,7 +411,8 @@ class TrainConfig:
             "keep_checkpoints",
         )
         _choice("dtype", self.dtype, ("float32", "bfloat16"))
-        _not_negative(self, "", "seed memory_loss_weight load_balance_weight")
+        weights = "memory_loss_weight memory_loss_warmup load_balance_weight"
+        _not_negative(self, "", f"seed {weights}")
         if self.seed >= 2**63:
             raise UserError(f"seed must be less than 2**63; got {self.seed}")
         if self.data.batch_size % self.accumulation:

@@ -135,26 +135,30 @@ def make_train_step(
       A function to be jitted, with its first argument donated.
     """
     masked = config.model.is_masked
-    weights = {
-        "selective_memory": config.memory_loss_weight,
-        "load_balance": config.load_balance_weight,
-    }
 
-    def loss_of_part(params, part: Examples, tokens):
+    def weights_at(step):
+        warmup = jnp.minimum((step + 1) / max(config.memory_loss_warmup, 1), 1)
+        return {
+            "selective_memory": config.memory_loss_weight * warmup,
+            "load_balance": config.load_balance_weight,
+        }
+
+    def loss_of_part(params, part: Examples, tokens, weights):
         sums, auxiliary = measure(model, params, part, masked=masked)
         loss = sums.nats / tokens
         for name, value in auxiliary.items():
             loss += weights[name] * value / config.accumulation
         return loss, (sums, auxiliary)
 
-    def loss_and_grads(params, examples: Examples, window: Window):
+    def loss_and_grads(params, examples: Examples, window: Window, weights):
         tokens = jnp.maximum(jnp.sum(examples.weights), 1)
         parts = jax.tree.map(
             lambda x: x.reshape(config.accumulation, -1, *x.shape[1:]), examples
         )
 
         def add_part(total, part):
-            new = jax.value_and_grad(loss_of_part, has_aux=True)(params, part, tokens)
+            of_part = jax.value_and_grad(loss_of_part, has_aux=True)
+            new = of_part(params, part, tokens, weights)
             return jax.tree.map(jnp.add, total, new), None
 
         zero = jax.tree.map(
@@ -174,7 +178,7 @@ def make_train_step(
         else:
             examples = causal_examples(batch)
         loss, sums, auxiliary, grads = loss_and_grads(
-            state.params, examples, state.window
+            state.params, examples, state.window, weights_at(state.step)
         )
         grad_norm = optax.tree.norm(grads)
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)

@@ -198,6 +198,21 @@ def test_the_memory_loss_has_its_weight():
     chex.assert_trees_all_close(parts.params, some.params, atol=2e-5)
 
 
+def test_the_memory_loss_grows_to_its_weight():
+    def grad_norms(steps, **options):
+        setup = Setup(scheme="selective", **options)
+        states = [setup.state.replace(step=jnp.int32(step)) for step in steps]
+        new = [setup.step(state, random_batch(0)) for state in states]
+        return [float(state.window.grad_norm) for state in new]
+
+    first, half, whole, after = grad_norms(
+        (0, 1, 3, 9), memory_loss_weight=0.4, memory_loss_warmup=4
+    )
+    assert first != half != whole == after
+    assert [first] == pytest.approx(grad_norms([0], memory_loss_weight=0.1), rel=1e-6)
+    assert [whole] == pytest.approx(grad_norms([0], memory_loss_weight=0.4), rel=1e-6)
+
+
 def test_the_memory_loss_is_minimised_with_its_weight_and_tau():
     """What it adds to a step of plain gradient descent is its gradient, times 0.3."""
 
