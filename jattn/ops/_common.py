@@ -4,6 +4,7 @@ Shape letters are those of ``jax.nn.dot_product_attention``: B batch, T queries,
 S keys, N query heads, K key-value heads, G = N / K, H key width, V value width.
 """
 
+import operator
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -95,6 +96,27 @@ def check_positive(**values: int | None) -> None:
             raise ValueError(f"{name} must be a positive integer; got {value!r}")
 
 
+def positive_integers(**values: Any) -> tuple[int, ...]:
+    """The named values as Python integers, whatever kind of integer they are.
+
+    Raises:
+      ValueError: A value is None, no integer, less than 1, or traced.
+    """
+    return tuple(integer_from(1, name, value) for name, value in values.items())
+
+
+def integer_from(least: int, name: str, value: Any) -> int:
+    """A value as a Python integer; ValueError unless it is one and at least `least`."""
+    try:
+        integer = operator.index(value)
+    except TypeError:
+        integer = None
+    if integer is None or integer < least:
+        kind = "a positive integer" if least == 1 else f"an integer >= {least}"
+        raise ValueError(f"{name} must be {kind}; got {value!r}")
+    return integer
+
+
 def check_floating(**arrays: jax.Array) -> None:
     """Raises ValueError unless every named array has a floating-point dtype."""
     for name, array in arrays.items():
@@ -156,7 +178,7 @@ def check_attention(
 
 def group_size(num_heads: int, num_kv_heads: int) -> int:
     """Query heads that share one key-value head; ValueError if they do not divide."""
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
+    if min(num_heads, num_kv_heads) < 1 or num_heads % num_kv_heads:
         raise ValueError(
             "the number of query heads must be a multiple of the number of key-value "
             f"heads; got N={num_heads}, K={num_kv_heads}"
@@ -170,8 +192,17 @@ def statistics_dtype(*arrays: jax.Array) -> jnp.dtype:
 
 
 def default_scale(scale: float | None, width: int) -> float:
-    """The logits' factor: the one given, or width ** -0.5."""
-    return width**-0.5 if scale is None else scale
+    """The logits' factor: the one given, or width ** -0.5.
+
+    Raises:
+      ValueError: The one given is no number, or a traced one.
+    """
+    try:
+        return float(width**-0.5 if scale is None else scale)
+    except (TypeError, ValueError):  # of a tracer it is a TypeError
+        raise ValueError(
+            f"scale must be a number known when the function is traced; got {scale!r}"
+        ) from None
 
 
 def masked_softmax(

@@ -23,16 +23,18 @@ def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax
     Compression by mean pooling is `nsa_window_means`.
 
     Args:
-      x: [B, S, K, D], keys or values.
+      x: [B, S, K, D], keys or values of any dtype.
       kernel_size: Tokens in a window.
       stride: Tokens between the starts of windows, a divisor of kernel_size.
 
     Returns:
-      [B, M, kernel_size, K, D].
+      [B, M, kernel_size, K, D] in x's dtype.
 
     Raises:
-      ValueError: x has another rank, or the sizes do not fit.
+      ValueError: x has another rank, a size is not a positive integer, or stride does
+        not divide kernel_size.
     """
+    kernel_size, stride = check_windows(kernel_size, stride)
     cells, count = _cells(x, kernel_size, stride)
     shifted = [cells[:, i : i + count] for i in range(kernel_size // stride)]
     return jnp.concatenate(shifted, axis=2)
@@ -46,7 +48,7 @@ def nsa_window_means(
     Windows overlap; here each token is read once. Sums are in fp32 (fp64 for fp64).
 
     Args:
-      x: [B, S, K, D], keys or values.
+      x: [B, S, K, D], keys or values of a floating-point dtype.
       kernel_size: Tokens in a window.
       stride: Tokens between the starts of windows, a divisor of kernel_size.
 
@@ -54,8 +56,11 @@ def nsa_window_means(
       [B, M, K, D] in x's dtype, M as in nsa_windows.
 
     Raises:
-      ValueError: x has another rank, or the sizes do not fit.
+      ValueError: x has another rank or dtype, a size is not a positive integer, or
+        stride does not divide kernel_size.
     """
+    _common.check_floating(x=x)
+    kernel_size, stride = check_windows(kernel_size, stride)
     cells, count = _cells(x, kernel_size, stride)
     cells = jnp.sum(cells, axis=2, dtype=_common.statistics_dtype(x))
     total = cells[:, :count]
@@ -67,7 +72,6 @@ def nsa_window_means(
 def _cells(x, kernel_size, stride):
     """Tokens [B, S, K, D] by strides, [B, S / stride, stride, K, D], and M."""
     sizes = _common.bind_shapes(("x", x, "BSKD"))
-    check_windows(kernel_size, stride)
     b, s, k, d = (sizes[letter] for letter in "BSKD")
     cells = x[:, : s // stride * stride].reshape(b, s // stride, stride, k, d)
     return cells, num_windows(s, kernel_size, stride)
@@ -95,17 +99,19 @@ def compressed_attention(
     T < S the queries are the last T positions.
 
     Args:
-      query: [B, T, N, H].
-      key_cmp: [B, M, K, H], where K divides N, one for each of `nsa_windows`.
+      query: [B, T, N, H]; as key_cmp and value_cmp of a floating-point dtype.
+      key_cmp: [B, M, K, H], where K divides N, one for each of `nsa_windows`. M may be
+        0.
       value_cmp: [B, M, K, V].
       kernel_size: Tokens in a window.
       stride: Tokens between the starts of windows, a divisor of kernel_size.
       length: Tokens S of the sequence that was compressed; if None the length of
         segment_ids, or T.
-      scale: Factor of the logits; H ** -0.5 if None.
+      scale: Factor of the logits, a number; H ** -0.5 if None.
       segment_ids: int [B, S], the document of each token. Documents are contiguous.
-      implementation: "xla", "pallas", "triton", or None for the fastest that
-        supports the call.
+      implementation: "xla", "triton" (kernels in Triton, or in Mosaic GPU where that is
+        faster), or None for the fastest that supports the call. "pallas" is no kernel
+        of this operation.
       return_lse: Also return the log-sum-exp of the logits.
 
     Returns:
@@ -113,8 +119,10 @@ def compressed_attention(
       (natural log, -inf where nothing is seen; fp64 for fp64 inputs).
 
     Raises:
-      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
-        tokens, or stride does not divide kernel_size.
+      ValueError: Shapes or dtypes do not fit, K does not divide N, T exceeds S, M is
+        not the number of windows of S tokens, a size is not a positive integer, stride
+        does not divide kernel_size, scale is traced, or implementation is no such
+        name.
       NotImplementedError: The requested implementation does not support the call.
     """
     sizes = _common.bind_shapes(
@@ -123,20 +131,16 @@ def compressed_attention(
         ("value_cmp", value_cmp, "BMKV"),
     )
     _common.check_floating(query=query, key_cmp=key_cmp, value_cmp=value_cmp)
-    check_windows(kernel_size, stride)
+    kernel_size, stride = check_windows(kernel_size, stride)
     length = check_compressed(sizes, kernel_size, stride, length, segment_ids)
     scale = _common.default_scale(scale, sizes["H"])
-    chosen = _common.choose_implementation(
-        "compressed_attention",
-        implementation,
-        [
-            (
-                "triton",
-                flash.unsupported(
-                    query, key_cmp, value_cmp, stride=stride, scale=scale
-                ),
-            )
-        ],
+    chosen = choose_compressed(
+        query,
+        key_cmp,
+        value_cmp,
+        stride=stride,
+        scale=scale,
+        implementation=implementation,
     )
     positions, starts = query_range(query, length, segment_ids)
     if chosen == "triton":
@@ -166,6 +170,42 @@ def compressed_attention(
         scale=scale,
     )
     return (out, lse) if return_lse else out
+
+
+def choose_compressed(
+    query: jax.Array,
+    key_cmp: jax.Array,
+    value_cmp: jax.Array,
+    *,
+    stride: int,
+    scale: float,
+    implementation: _common.Implementation | None,
+) -> str:
+    """The implementation of a call of `compressed_attention`: "xla" or "triton".
+
+    Args:
+      query: [B, T, N, H].
+      key_cmp: [B, M, K, H].
+      value_cmp: [B, M, K, V].
+      stride: Tokens between the starts of windows.
+      scale: Factor of the logits.
+      implementation: What was asked for.
+
+    Raises:
+      ValueError: As `compressed_attention` does.
+      NotImplementedError: As `compressed_attention` does.
+    """
+    # Without a compressed token there is nothing to compute, whatever was asked for.
+    empty = key_cmp.shape[1] == 0
+    reason = None
+    if not empty:
+        reason = flash.unsupported(
+            query, key_cmp, value_cmp, stride=stride, scale=scale
+        )
+    chosen = _common.choose_implementation(
+        "compressed_attention", implementation, [("triton", reason)]
+    )
+    return "xla" if empty else chosen
 
 
 def num_windows(length, kernel_size: int, stride: int):
@@ -231,13 +271,30 @@ def query_range(query, length, segment_ids):
     return positions, _common.document_starts(segment_ids)[:, length - t :]
 
 
-def check_compressed(sizes, kernel_size, stride, length, segment_ids):
-    """The sequence's length S, once M, T and segment_ids are found to fit it."""
+def check_compressed(
+    sizes, kernel_size, stride, length, segment_ids, name="key_cmp"
+) -> int:
+    """The sequence's length S, once M, T and segment_ids are found to fit it.
+
+    Args:
+      sizes: Sizes of the arrays by letter: B, T, N, M, K.
+      kernel_size: Tokens in a window.
+      stride: Tokens between the starts of windows.
+      length: S, or None for the length of segment_ids, or T.
+      segment_ids: int [B, S], or None.
+      name: Of the array that has M compressed tokens.
+
+    Raises:
+      ValueError: They do not fit, or K does not divide N.
+    """
     b, t, m = sizes["B"], sizes["T"], sizes["M"]
     _common.group_size(sizes["N"], sizes["K"])
-    _common.check_positive(length=length)
-    if length is None:
+    hint = ""
+    if length is not None:
+        (length,) = _common.positive_integers(length=length)
+    else:
         length = t if segment_ids is None else segment_ids.shape[-1]
+        hint = " (length says how long the sequence is where there are fewer queries)"
     _common.check_segment_ids(segment_ids, b, length)
     if t > length:
         raise ValueError(
@@ -247,18 +304,20 @@ def check_compressed(sizes, kernel_size, stride, length, segment_ids):
     needed = num_windows(length, kernel_size, stride)
     if m != needed:
         raise ValueError(
-            f"key_cmp has M={m} compressed tokens; a sequence of length={length} has "
-            f"{needed} with kernel_size={kernel_size} and stride={stride} (length says "
-            "how long the sequence is where there are fewer queries)"
+            f"{name} has M={m} compressed tokens; a sequence of length={length} has "
+            f"{needed} with kernel_size={kernel_size} and stride={stride}{hint}"
         )
     return length
 
 
-def check_windows(kernel_size, stride):
-    """Raises ValueError unless windows are made of whole strides."""
-    _common.check_positive(kernel_size=kernel_size, stride=stride)
+def check_windows(kernel_size, stride) -> tuple[int, int]:
+    """Both sizes as Python integers; ValueError unless windows are whole strides."""
+    kernel_size, stride = _common.positive_integers(
+        kernel_size=kernel_size, stride=stride
+    )
     if kernel_size % stride:
         raise ValueError(
             f"stride must divide kernel_size; got stride={stride}, "
             f"kernel_size={kernel_size}"
         )
+    return kernel_size, stride

@@ -52,7 +52,7 @@ def nsa_select_blocks(
     in fp32 (fp64 for fp64 inputs); nothing is differentiated.
 
     Args:
-      query: [B, T, N, H].
+      query: [B, T, N, H]; as key_cmp of a floating-point dtype.
       key_cmp: [B, M, K, H], where K divides N, one for each of `nsa_windows`.
       kernel_size: Tokens in a window, at most block_size.
       stride: Tokens between the starts of windows, a divisor of kernel_size and of
@@ -63,18 +63,21 @@ def nsa_select_blocks(
       num_local: Blocks always read at the query, its own counted; at least 1.
       length: Tokens S of the sequence, of which the queries are the last T; if None
         the length of segment_ids, or T.
-      scale: Factor of the logits; H ** -0.5 if None.
+      scale: Factor of the logits, a number; H ** -0.5 if None.
       segment_ids: int [B, S], the document of each token. Documents are contiguous;
         blocks count from the row's start.
-      implementation: "xla", "pallas", "triton", or None for the fastest that
-        supports the call.
+      implementation: "xla", "triton" (kernels in Triton, or in Mosaic GPU where that is
+        faster), or None for the fastest that supports the call. "pallas" is no kernel
+        of this operation.
 
     Returns:
       int32 [B, T, K, num_blocks], ascending; -1 at the end where fewer can be seen.
 
     Raises:
-      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
-        tokens, or the sizes contradict each other.
+      ValueError: Shapes or dtypes do not fit, K does not divide N, T exceeds S, M is
+        not the number of windows of S tokens, a size is not an integer in its range,
+        the sizes contradict each other, scale is traced, or implementation is no such
+        name.
       NotImplementedError: The requested implementation does not support the call.
     """
     return select_blocks_by_lse(
@@ -122,9 +125,9 @@ def native_sparse_attention(
     values of its own. All are causal; when T < S the queries are the last T positions.
 
     Args:
-      query: [B, T, N, H].
+      query: [B, T, N, H]; as keys, values and gates of a floating-point dtype.
       compressed: Keys [B, M, K, H] and values [B, M, K, V], one for each of
-        `nsa_windows`.
+        `nsa_windows`; K divides N. The values of all branches have one dtype.
       selected: Keys [B, S, K, H] and values [B, S, K, V].
       window: Keys [B, S, K, H] and values [B, S, K, V].
       gates: [B, T, N, 3], in the order of the branches.
@@ -132,17 +135,18 @@ def native_sparse_attention(
       stride: Tokens between the starts of compressed windows, a divisor of
         kernel_size and of block_size.
       block_size: Tokens in a selected block.
-      num_blocks: Blocks a query reads, the forced ones counted.
-      num_initial: Blocks always read at the document's start.
+      num_blocks: Blocks a query reads, at least num_initial + num_local.
+      num_initial: Blocks always read at the document's start; at least 0.
       num_local: Blocks always read at the query, its own counted; at least 1.
       window_size: Tokens the window branch sees, the query's own counted.
       block_indices: int [B, T, K or N, n], the blocks to read instead of those that
         `nsa_select_blocks` would choose; -1 for none.
-      scale: Factor of the logits in every branch; H ** -0.5 if None.
+      scale: Factor of the logits in every branch, a number; H ** -0.5 if None.
       segment_ids: int [B, S], the document of each token. Documents are contiguous
         and never see each other; windows and blocks count from the row's start.
-      implementation: "xla", "pallas", "triton", or None for the fastest that
-        supports the call.
+      implementation: "xla", "triton" (kernels in Triton, or in Mosaic GPU where that is
+        faster; every branch needs one), or None for the fastest that supports the
+        call, branch by branch. "pallas" is no kernel of this operation.
       return_lse: Also return the log-sum-exp of each branch's logits.
       return_block_indices: Also return the blocks that were read.
 
@@ -154,22 +158,20 @@ def native_sparse_attention(
       block_indices as they were given.
 
     Raises:
-      ValueError: Shapes or dtypes do not fit, M is not the number of windows of S
-        tokens, or the sizes contradict each other.
+      ValueError: A branch is no pair of arrays, shapes or dtypes do not fit, K does
+        not divide N, T exceeds S, M is not the number of windows of S tokens, a size
+        is not an integer in its range, the sizes contradict each other, scale is
+        traced, or implementation is no such name.
       NotImplementedError: The requested implementation does not support the call.
     """
-    sizes = _common.bind_shapes(
-        ("query", query, "BTNH"),
-        ("selected key", selected[0], "BSKH"),
-        ("selected value", selected[1], "BSKV"),
-        ("window key", window[0], "BSKH"),
-        ("window value", window[1], "BSKV"),
-        ("compressed key", compressed[0], "BMKH"),
-        ("compressed value", compressed[1], "BMKV"),
-        ("gates", gates, "BTN3"),
+    kernel_size, stride, block_size, num_blocks, num_initial, num_local = check_sizes(
+        kernel_size, stride, block_size, num_blocks, num_initial, num_local
     )
-    _common.check_floating(gates=gates)
-    _common.check_positive(window_size=window_size)
+    (window_size,) = _common.positive_integers(window_size=window_size)
+    sizes = _check_branches(query, compressed, selected, window, gates)
+    check_compressed(
+        sizes, kernel_size, stride, sizes["S"], segment_ids, name="compressed key"
+    )
     shared: dict[str, Any] = {
         "scale": scale,
         "segment_ids": segment_ids,
@@ -180,7 +182,6 @@ def native_sparse_attention(
         "stride": stride,
         "length": sizes["S"],
     }
-    check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
     from_compressed = compressed_attention(
         query, *compressed, return_lse=True, **windows, **shared
     )
@@ -226,6 +227,38 @@ def native_sparse_attention(
     if return_block_indices:
         result.append(block_indices)
     return tuple(result) if len(result) > 1 else result[0]
+
+
+def _check_branches(query, compressed, selected, window, gates):
+    """Checks the arrays of `native_sparse_attention`; returns their sizes by letter."""
+    branches = {"selected": selected, "window": window, "compressed": compressed}
+    for name, pair in branches.items():
+        if (
+            not isinstance(pair, tuple | list)
+            or len(pair) != 2
+            or any(x is None for x in pair)
+        ):
+            shapes = jax.tree.map(jnp.shape, pair)
+            raise ValueError(
+                f"{name} must be a pair of arrays, (key, value); got shapes {shapes}"
+            )
+    sizes = _common.bind_shapes(
+        ("query", query, "BTNH"),
+        ("selected key", selected[0], "BSKH"),
+        ("selected value", selected[1], "BSKV"),
+        ("window key", window[0], "BSKH"),
+        ("window value", window[1], "BSKV"),
+        ("compressed key", compressed[0], "BMKH"),
+        ("compressed value", compressed[1], "BMKV"),
+        ("gates", gates, "BTN3"),
+    )
+    keys = {f"{name} key": pair[0] for name, pair in branches.items()}
+    values = {f"{name} value": pair[1] for name, pair in branches.items()}
+    _common.check_floating(query=query, gates=gates, **keys, **values)
+    if len({x.dtype for x in values.values()}) > 1:
+        got = ", ".join(f"{name} {x.dtype}" for name, x in values.items())
+        raise ValueError(f"values must have one dtype, the output's; got {got}")
+    return sizes
 
 
 def _add_selected(
@@ -290,7 +323,10 @@ def _add_selected(
 
 
 def gated_sum(outputs: tuple[jax.Array, ...], gates: jax.Array) -> jax.Array:
-    """Sums outputs, each [B, T, N, V], with gates [B, T, N, len(outputs)] in fp32."""
+    """Sums outputs, each [B, T, N, V], with gates [B, T, N, len(outputs)] in fp32.
+
+    The outputs are of one dtype, which is that of the sum.
+    """
     dtype = _common.statistics_dtype(*outputs, gates)
     total = sum(
         gates[..., i, None].astype(dtype) * out.astype(dtype)
@@ -342,17 +378,21 @@ def select_blocks_by_lse(
     """
     sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
     _common.check_floating(query=query, key_cmp=key_cmp)
-    check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local)
+    kernel_size, stride, block_size, num_blocks, num_initial, num_local = check_sizes(
+        kernel_size, stride, block_size, num_blocks, num_initial, num_local
+    )
     length = check_compressed(sizes, kernel_size, stride, length, segment_ids)
     scale = _common.default_scale(scale, sizes["H"])
-    reason = selection.unsupported(
-        query,
-        key_cmp,
-        lists=sizes["K"],
-        blocks=-(-length // block_size),
-        cells=block_size // stride,
-        scale=scale,
-    )
+    reason = None
+    if sizes["M"]:
+        reason = selection.unsupported(
+            query,
+            key_cmp,
+            lists=sizes["K"],
+            blocks=-(-length // block_size),
+            cells=block_size // stride,
+            scale=scale,
+        )
     chosen = _common.choose_implementation(
         "nsa_select_blocks", implementation, [("triton", reason)]
     )
@@ -367,7 +407,8 @@ def select_blocks_by_lse(
         "scale": scale,
     }
     positions, starts = query_range(query, length, segment_ids)
-    if chosen == "triton":
+    # Without compressed tokens there are no scores, whatever was asked for.
+    if chosen == "triton" and sizes["M"]:
         # Triton is an optional dependency.
         from jattn.pallas.selection import triton as kernel
 
@@ -396,8 +437,8 @@ def select_blocks(
     """`nsa_select_blocks` from explicit positions, as decoding needs it.
 
     Args:
-      query: [B, T, N, H].
-      key_cmp: [B, M, K, H]; what lies past the queries is not read.
+      query: [B, T, N, H]; as key_cmp of a floating-point dtype.
+      key_cmp: [B, M, K, H], where K divides N; what lies past the queries is not read.
       query_positions: int [B, T]; negative for a query that reads no block.
       document_starts: int [B, T], the first position of each query's document.
       length: Tokens the blocks divide up, at least those that were compressed.
@@ -410,7 +451,8 @@ def select_blocks(
       scale: Factor of the logits.
 
     Returns:
-      int32 [B, T, K, num_blocks], ascending, -1 last.
+      int32 [B, T, K, num_blocks], ascending, -1 last. Nothing is checked, and nothing
+      differentiated.
     """
     b, t, n, h = query.shape
     m, k = key_cmp.shape[1:3]
@@ -475,21 +517,27 @@ def _visible_blocks(positions, starts, lists_shape, block_size):
     return jnp.broadcast_to(blocks[:, :, None], (*positions.shape, *lists_shape))
 
 
-def check_sizes(kernel_size, stride, block_size, num_blocks, num_initial, num_local):
-    """Raises ValueError for sizes of a selection that contradict each other."""
-    check_windows(kernel_size, stride)
-    _common.check_positive(
+def check_sizes(
+    kernel_size, stride, block_size, num_blocks, num_initial, num_local
+) -> tuple[int, int, int, int, int, int]:
+    """The sizes of a selection as Python integers, in the order of the arguments.
+
+    Raises:
+      ValueError: They contradict each other, or one is no integer in its range.
+    """
+    kernel_size, stride = check_windows(kernel_size, stride)
+    block_size, num_blocks, num_local = _common.positive_integers(
         block_size=block_size, num_blocks=num_blocks, num_local=num_local
     )
+    num_initial = _common.integer_from(0, "num_initial", num_initial)
     if block_size % stride or kernel_size > block_size:
         raise ValueError(
             "block_size must be a multiple of stride and at least kernel_size; got "
             f"block_size={block_size}, stride={stride}, kernel_size={kernel_size}"
         )
-    if not isinstance(num_initial, int) or num_initial < 0:
-        raise ValueError(f"num_initial must be an integer >= 0; got {num_initial!r}")
     if num_blocks < num_initial + num_local:
         raise ValueError(
             "num_blocks counts the forced blocks and must be at least num_initial + "
             f"num_local; got {num_blocks} < {num_initial} + {num_local}"
         )
+    return kernel_size, stride, block_size, num_blocks, num_initial, num_local

@@ -11,14 +11,19 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common, nsa
-from jattn.ops.block_sparse import attend_block_positions, block_sparse_attention
+from jattn.ops.block_sparse import (
+    attend_block_positions,
+    block_sparse_attention,
+    choose_block_sparse,
+)
 from jattn.ops.compressed import (
     attend_windows,
+    choose_compressed,
     compressed_attention,
     num_windows,
 )
 from jattn.ops.dense import attend_positions, dense_attention
-from jattn.pallas import block_sparse, flash, nsa_decode
+from jattn.pallas import nsa_decode
 
 Pair = tuple[jax.Array, jax.Array]
 
@@ -53,7 +58,7 @@ def cached_attention(
       window: Keys [B, W, K, H] and values [B, W, K, V], the tokens before window_end.
       gates: [B, T, N, 3].
       positions: int32 [B, T], those of a row following each other; negative for
-        padding, whose output means nothing.
+        padding, whose output means nothing, as it does past the last slot of selected.
       window_end: int32 [B], the position after the last one of window.
       ring: Whether window is a ring buffer of at most window_size slots, with token p
         in slot p mod W. Then T is 1. If not, window is in order and its last T slots
@@ -66,30 +71,50 @@ def cached_attention(
       num_local: Blocks always read at the query.
       window_size: Tokens the window branch sees.
       scale: Factor of the logits.
-      implementation: "xla", "triton", or None for the fastest that supports the call.
+      implementation: "xla"; "triton", for up to `nsa_decode.MAX_QUERIES` queries the
+        decoding kernels and for more the kernels of each branch; or None for the
+        fastest that supports the call. "pallas" is no kernel of this operation.
 
     Returns:
       [B, T, N, V] in query's dtype, and the selected blocks int32
       [B, T, K, num_blocks].
 
     Raises:
+      ValueError: Sizes contradict each other, M is not the number of windows of S
+        tokens, there are more queries than slots, or implementation is no such name.
       NotImplementedError: The requested implementation does not support the call.
     """
-    reason = nsa_decode.unsupported(
-        query,
-        compressed,
-        selected,
-        window,
-        block_size=block_size,
-        stride=stride,
-        num_blocks=num_blocks,
+    kernel_size, stride, block_size, num_blocks, num_initial, num_local = (
+        nsa.check_sizes(
+            kernel_size, stride, block_size, num_blocks, num_initial, num_local
+        )
     )
-    few = query.shape[1] <= nsa_decode.MAX_QUERIES
-    # A longer prompt goes through the branches' own kernels, where they support it.
-    requested = implementation if few else "xla"
-    chosen = _common.choose_implementation(
-        "decoding of native sparse attention", requested, [("triton", reason)]
-    )
+    (window_size,) = _common.positive_integers(window_size=window_size)
+    t, slots = query.shape[1], selected[0].shape[1]
+    if t > slots:
+        raise ValueError(f"T={t} queries cannot be in a cache of S={slots} slots")
+    needed = num_windows(slots, kernel_size, stride)
+    if (windows := compressed[0].shape[1]) != needed:
+        raise ValueError(
+            f"compressed must have the M={needed} windows of S={slots} slots; got "
+            f"{windows}"
+        )
+    if t > nsa_decode.MAX_QUERIES:
+        # A longer prompt goes through the kernels of the branches.
+        chosen = "xla"
+    else:
+        reason = nsa_decode.unsupported(
+            query,
+            compressed,
+            selected,
+            window,
+            block_size=block_size,
+            stride=stride,
+            num_blocks=num_blocks,
+        )
+        chosen = _common.choose_implementation(
+            "decoding of native sparse attention", implementation, [("triton", reason)]
+        )
     sizes: dict[str, Any] = {
         "ring": ring,
         "kernel_size": kernel_size,
@@ -101,12 +126,9 @@ def cached_attention(
         "window_size": window_size,
         "scale": scale,
     }
-    in_branches = functools.partial(
-        _attend_branches, implementation=implementation, **sizes
-    )
     arrays = (query, compressed, selected, window, gates, positions, window_end)
     if chosen == "xla":
-        return in_branches(*arrays)
+        return _attend_branches(*arrays, implementation=implementation, **sizes)
     # Triton is an optional dependency.
     from jattn.pallas.nsa_decode import triton as kernel
 
@@ -118,6 +140,8 @@ def cached_attention(
         return attend(*arrays), arrays
 
     def attend_backward(arrays, cotangents):
+        # It has no kernel of its own, and those of the branches may not support it.
+        in_branches = functools.partial(_attend_branches, implementation=None, **sizes)
         _, pullback = jax.vjp(in_branches, *arrays)
         return pullback(cotangents)
 
@@ -161,10 +185,14 @@ def _attend_branches(
         "num_local": num_local,
     }
     capacity = selected[0].shape[1]
-    reason = flash.unsupported(query, *compressed, stride=stride, scale=scale)
-    if ring or implementation == "xla" or reason is not None:
+    chosen = choose_compressed(
+        query, *compressed, stride=stride, scale=scale, implementation=implementation
+    )
+    # A query past the last slot sees what one there does.
+    held = jnp.minimum(positions, capacity - 1)
+    if ring or chosen == "xla":
         sight = {
-            "query_positions": positions,
+            "query_positions": held,
             "document_starts": jnp.zeros_like(positions),
         }
         from_compressed, _ = attend_windows(query, *compressed, **sight, **sizes)
@@ -193,17 +221,17 @@ def _attend_branches(
         )
     else:
         # Slots before the first token are a document that no query belongs to.
-        held = slots >= slots.size - window_end[:, None]
+        filled = slots >= slots.size - window_end[:, None]
         in_window = dense_attention(
             query,
             *window,
             window=window_size,
             scale=scale,
-            segment_ids=held.astype(jnp.int32),
+            segment_ids=filled.astype(jnp.int32),
             implementation=implementation,
         )
     from_selected = _attend_blocks(
-        query, selected, blocks, positions, block_size, scale, implementation
+        query, selected, blocks, held, block_size, scale, implementation
     )
     return nsa.gated_sum((from_compressed, from_selected, in_window), gates), blocks
 
@@ -299,8 +327,17 @@ def _attend_blocks(
     """
     b, t = positions.shape
     key, value = selected
-    reason = block_sparse.unsupported(query, key, value, blocks, block_size, scale)
-    if implementation == "xla" or reason is not None or t > key.shape[1]:
+    chosen = choose_block_sparse(
+        query,
+        key,
+        value,
+        blocks,
+        None,
+        block_size=block_size,
+        scale=scale,
+        implementation=implementation,
+    )
+    if chosen == "xla":
         out, _ = attend_block_positions(
             query,
             key,

@@ -83,7 +83,8 @@ def compressed_kernel(
     batch = (row // (queries * KV_HEADS)).to(tl.int64)
     kv_head = row % KV_HEADS
     position = tl.load(position_ptr + row // KV_HEADS)
-    visible = _visible_windows(position, KERNEL_SIZE, STRIDE)
+    # A query past the end of the cache must not read past it.
+    visible = tl.minimum(_visible_windows(position, KERNEL_SIZE, STRIDE), windows)
     tiles = tl.cdiv(visible, TILE_BLOCKS * CELLS)
     part_tiles = tl.cdiv(tiles, tl.num_programs(1))
     first = tl.program_id(1) * part_tiles
@@ -158,6 +159,7 @@ def select_kernel(
     tile_peak_ptr,  # [R, G, tiles], in base 2
     own_ptr,  # [R, G, C]
     following_ptr,  # [R, G, C]
+    keys,
     chosen_ptr,  # [R, n]
     KERNEL_SIZE: tl.constexpr,
     STRIDE: tl.constexpr,
@@ -178,7 +180,7 @@ def select_kernel(
 ):
     """The blocks that a query's heads of one kv head read."""
     row = tl.program_id(0).to(tl.int64)
-    position = tl.load(position_ptr + row // KV_HEADS)
+    position = tl.minimum(tl.load(position_ptr + row // KV_HEADS), keys - 1)
     visible = _visible_windows(position, KERNEL_SIZE, STRIDE)
     tiles = tl.cdiv(visible, TILE_BLOCKS * CELLS)  # others hold no sums
     part = tl.arange(0, PARTS_PAD)
@@ -296,6 +298,7 @@ def local_kernel(
     if part < SELECTED_PARTS:
         first = part * PART_TILES
         last = tl.minimum(first + PART_TILES, tl.cdiv(SLOTS * BLOCK_SIZE, KEYS))
+        newest = tl.minimum(position, keys - 1)
         for tile in range(first, last):
             # The selected blocks in a row, whatever their size.
             index = tile * KEYS + tl.arange(0, KEYS)
@@ -306,7 +309,7 @@ def local_kernel(
                 other=-1,
             )
             key_position = block * BLOCK_SIZE + index % BLOCK_SIZE
-            seen = (block >= 0) & (key_position <= position)
+            seen = (block >= 0) & (key_position <= newest)
             key_row = (batch * keys + key_position) * KV_HEADS + kv_head
             out, peak, total, _ = _attend_tile(
                 query,

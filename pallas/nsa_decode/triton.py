@@ -95,7 +95,8 @@ def attend(
       selected: Keys [B, S, K, H] and values [B, S, K, V].
       window: Keys [B, W, K, H] and values [B, W, K, V], the tokens before window_end.
       gates: [B, T, N, 3].
-      positions: int32 [B, T], negative for a query that sees nothing.
+      positions: int32 [B, T], negative for a query that sees nothing. One past the
+        last of the S slots reads compressed and selected tokens as one there does.
       window_end: int32 [B], the position after the last one of window.
       ring: Whether window is a ring buffer of at most window_size slots and T = 1;
         otherwise it is in order.
@@ -186,6 +187,7 @@ def attend(
         tile_peak,
         own,
         following,
+        selected[0].shape[1],
         outputs=[jax.ShapeDtypeStruct((rows, num_blocks), jnp.int32)],
         grid=(rows, 1),
         num_warps=warps,

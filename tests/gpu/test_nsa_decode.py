@@ -47,6 +47,7 @@ CASES = {
     "disjoint windows": dict(kernel_size=32, stride=32, block_size=96, g=4),
     "windows of blocks": dict(kernel_size=64, stride=8, block_size=64, g=4),
     "blocks of 512": dict(block_size=512, num_blocks=2, num_initial=0, num_local=1),
+    "past the end of the cache": dict(lengths=(5000, 700, 1003, 1500), capacity=999),
     "blocks of 16": dict(kernel_size=16, stride=8, block_size=16, num_blocks=64),
 }  # fmt: skip
 
@@ -62,8 +63,9 @@ def reference(arrays, blocks, sizes):
     sizes = dict(sizes)
     positions, end = arrays["positions"], arrays["window_end"][:, None]
     scale = sizes["scale"]
+    held = jnp.minimum(positions, arrays["selected"][0].shape[1] - 1)
     sight = {
-        "query_positions": positions,
+        "query_positions": held,
         "document_starts": jnp.zeros_like(positions),
         "kernel_size": sizes["kernel_size"],
         "stride": sizes["stride"],
@@ -85,7 +87,7 @@ def reference(arrays, blocks, sizes):
             blocks,
             block_size=sizes["block_size"],
             scale=scale,
-            query_positions=positions,
+            query_positions=held,
         )[0],
         attend_positions(
             arrays["query"],

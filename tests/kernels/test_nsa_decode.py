@@ -41,6 +41,10 @@ CASES = {
     ),
     "fewer blocks than a query may read": dict(lengths=(70, 40), num_blocks=9),
     "a cache shorter than the window": dict(lengths=(40, 7), capacity=41),
+    "past the end of the cache": dict(lengths=(400, 71, 40, 90), capacity=70, h=24),
+    "several queries past the end": dict(
+        lengths=(69, 72, 300), capacity=70, t=4, num_blocks=3, num_local=1
+    ),
 }  # fmt: skip
 
 SIZES = {
@@ -198,6 +202,17 @@ def test_gradients_are_those_of_the_jnp_form():
 
 
 @pytest.mark.usefixtures("on_gpu")
+def test_gradients_do_not_need_the_kernels_of_the_branches():
+    sizes = {"kernel_size": 8, "stride": 8, "block_size": 24, "v": 18}
+    arguments = make((70, 45), t=4, **sizes)
+
+    def loss(query):
+        return jnp.sum(run(arguments | {"query": query}, "triton")[0])
+
+    jax.eval_shape(jax.grad(loss), arguments["query"])
+
+
+@pytest.mark.usefixtures("on_gpu")
 def test_transformations_agree():
     arguments = make((90, 40))
     arrays = arrays_of(arguments)
@@ -212,11 +227,43 @@ def test_transformations_agree():
     jax.tree.map(np.testing.assert_array_equal, sharded, plain)
 
 
+@pytest.mark.parametrize("implementation", ["triton", "pallas"])
 @pytest.mark.usefixtures("on_gpu")
-def test_a_long_chunk_goes_through_the_kernels_of_the_branches():
-    arguments = make((70, 45, 12), t=12, k=2, g=1)
+def test_what_is_asked_for_is_used_or_refused(implementation):
+    """A long chunk whose blocks no kernel supports, though the other branches do."""
+    sizes = {"kernel_size": 8, "stride": 8, "block_size": 24}
+    arguments = make((70, 45), t=12, k=2, g=1, **sizes)
+    with pytest.raises(NotImplementedError, match=f"implementation='{implementation}'"):
+        jax.eval_shape(functools.partial(run, arguments, implementation))
+
+
+@pytest.mark.parametrize(
+    ("capacity", "changes", "message"),
+    [
+        (11, {}, "T=12 queries .* S=11 slots"),
+        (79, {"stride": 8}, "M=6 windows of S=79 slots; got 3"),
+        (79, {"num_blocks": 2}, "num_blocks counts"),
+    ],
+)
+def test_arrays_must_fit_each_other(capacity, changes, message):
+    arguments = make((70, 45), t=12, capacity=capacity) | changes
+    with pytest.raises(ValueError, match=message):
+        run(arguments)
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        {"lengths": (70, 45, 12), "k": 2},
+        # Too short a cache for a compressed token.
+        {"lengths": (20, 12), "capacity": 27},
+    ],
+)
+@pytest.mark.usefixtures("on_gpu")
+def test_a_long_chunk_goes_through_the_kernels_of_the_branches(sizes):
+    arguments = make(t=12, g=1, **sizes)
     expected, expected_blocks = run(arguments)
-    actual, blocks = run(arguments, None)
+    actual, blocks = run(arguments, "triton")
     assert_equal_up_to_rounding(actual, expected)
     np.testing.assert_array_equal(blocks, expected_blocks)
 

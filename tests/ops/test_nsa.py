@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.test_util import check_grads
 
 import jattn
+from jattn.pallas import _triton
 from tests.support import (
     assert_equal_up_to_rounding,
     documents,
@@ -254,6 +255,8 @@ def test_means_of_windows(length, kernel_size):
     actual = jattn.nsa_window_means(x, **windows)
     assert_equal_up_to_rounding(actual, expected, 1e-6)
     assert jattn.nsa_window_means(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
+    with pytest.raises(ValueError, match="x must have a floating-point dtype"):
+        jattn.nsa_window_means(x.astype(jnp.int32))
 
 
 def test_a_sequence_shorter_than_a_window_has_no_compressed_tokens():
@@ -263,6 +266,22 @@ def test_a_sequence_shorter_than_a_window_has_no_compressed_tokens():
     assert np.all(np.isneginf(lse[..., 0]))
     assert np.all(np.isfinite(lse[..., 1:]))
     assert np.all(np.isfinite(out))
+
+
+def test_no_compressed_tokens_need_no_kernel(monkeypatch):
+    """A kernel that was asked for is not needed where there is nothing to read."""
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    query, empty = normal(0, (2, 3, 4, 8), (2, 0, 2, 8))
+    out, lse = jattn.compressed_attention(
+        query, empty, empty, **WINDOWS, implementation="triton", return_lse=True
+    )
+    np.testing.assert_array_equal(out, jnp.zeros((2, 3, 4, 8)))
+    np.testing.assert_array_equal(lse, jnp.full((2, 3, 4), -jnp.inf))
+    blocks = jattn.nsa_select_blocks(query, empty, **SIZES, implementation="triton")
+    np.testing.assert_array_equal(blocks[..., 0], 0)
+    np.testing.assert_array_equal(blocks[..., 1:], -1)
+    with pytest.raises(NotImplementedError, match="no such kernel"):
+        jattn.compressed_attention(query, empty, empty, implementation="pallas")
 
 
 def test_a_window_is_seen_from_its_last_token_on():
@@ -524,6 +543,14 @@ def test_transformations_agree():
         ({"num_local": 0}, ValueError, "num_local must be a positive integer; got 0"),
         ({"num_initial": -1}, ValueError, "num_initial must be an integer >= 0"),
         ({"window_size": 0}, ValueError, "window_size must be a positive integer"),
+        ({"kernel_size": None}, ValueError, "kernel_size must be .*; got None"),
+        ({"stride": None}, ValueError, "stride must be a positive integer; got None"),
+        ({"block_size": None}, ValueError, "block_size must be .*; got None"),
+        ({"num_blocks": None}, ValueError, "num_blocks must be .*; got None"),
+        ({"num_local": None}, ValueError, "num_local must be .*; got None"),
+        ({"num_initial": 0.5}, ValueError, "num_initial must be an integer >= 0"),
+        ({"window_size": None}, ValueError, "window_size must be .*; got None"),
+        ({"scale": "0.1 or so"}, ValueError, "scale must be a number"),
         ({"implementation": "cuda"}, ValueError, "implementation must be"),
         ({"implementation": "pallas"}, NotImplementedError, "compressed_attention"),
         ({"segment_ids": jnp.zeros((2, 3), jnp.int32)}, ValueError, "segment_ids"),
@@ -566,3 +593,76 @@ def test_compressed_tokens_must_fit_the_length():
         jattn.compressed_attention(
             query, key.astype(jnp.int32), key, length=20, **WINDOWS
         )
+
+
+def separate():
+    """Arguments of native_sparse_attention by name, of S = 21 tokens and M = 9."""
+    query, k1, v1, k2, v2, k3, v3, gates = raw_inputs()
+    return {
+        "query": query,
+        "compressed": (k1[:, :9], v1[:, :9]),
+        "selected": (k2, v2),
+        "window": (k3, v3),
+        "gates": gates,
+    }
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (lambda x: {"selected": x["selected"][0]}, "selected must be a pair of arrays"),
+        (lambda x: {"selected": (*x["selected"], 0)}, "selected must be a pair"),
+        (lambda x: {"window": (x["query"], None)}, r"window must be .* None"),
+        (
+            lambda x: {"compressed": None},
+            "compressed must be a pair .* got shapes None",
+        ),
+        (
+            lambda x: {"compressed": [y[:, 1:] for y in x["compressed"]]},
+            "^compressed key has M=8 compressed tokens; a sequence of length=21 has 9 "
+            "with kernel_size=4 and stride=2$",
+        ),
+        (
+            lambda x: {"compressed": [y.astype(jnp.bfloat16) for y in x["compressed"]]},
+            "one dtype, the output's; got selected value float32, .*ed value bfloat16",
+        ),
+        (
+            lambda x: {"window": (x["window"][0].astype(int), x["window"][1])},
+            "window key must have a floating-point dtype; got int32",
+        ),
+    ],
+)
+def test_wrong_branches_are_named(changed, message):
+    arguments = separate()
+    with pytest.raises(ValueError, match=message):
+        jattn.native_sparse_attention(**arguments | changed(arguments), **SIZES)
+
+
+def test_any_integer_is_a_size(x64):
+    """Also one of numpy's, which would make int64 of int32 if it were left as it is."""
+    sizes = {"kernel_size": 4, "stride": 2, "block_size": 4, "num_blocks": 2}
+    sizes |= {"num_initial": 0, "num_local": 1, "window_size": 5}
+    function = functools.partial(
+        jattn.native_sparse_attention, **separate(), return_block_indices=True
+    )
+    expected = function(**sizes)
+    actual = function(**{name: np.int64(size) for name, size in sizes.items()})
+    chex.assert_trees_all_equal_shapes_and_dtypes(actual, expected)
+    chex.assert_trees_all_equal(actual, expected)
+    query, (key, value) = separate()["query"], separate()["compressed"]
+    windows = {"kernel_size": np.int64(4), "stride": np.int64(2)}
+    jattn.compressed_attention(query, key, value, **windows, length=np.int64(21))
+    assert jattn.nsa_windows(query, **windows).shape == (2, 9, 4, 4, 8)
+    assert jattn.nsa_window_means(query, **windows).shape == (2, 9, 4, 8)
+
+
+def test_a_traced_scale_is_refused():
+    arguments = separate()
+
+    @jax.jit
+    def attend(scale):
+        return jattn.native_sparse_attention(**arguments, **SIZES, scale=scale)
+
+    message = "scale must be a number known when the function is traced; got .*float32"
+    with pytest.raises(ValueError, match=message):
+        attend(0.5)
