@@ -3,6 +3,11 @@
 A cache is a pytree that goes into a module and comes out again, so that a jitted step
 can donate it. Rows of a batch may be of different length: `length` counts the tokens
 each row holds, and a call says how many of its T new tokens are real in each row.
+
+A row must not outgrow the max_length its cache was made for. A call of more tokens than
+that is refused. Whether earlier tokens leave room for new ones is known only when the
+program runs: tokens past the end are not kept, and what their row gives from then on
+means nothing. No other row notices.
 """
 
 from collections.abc import Callable
@@ -11,6 +16,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import struct
+
+from jattn.ops import _common
 
 
 class KVCache(struct.PyTreeNode):
@@ -61,29 +68,39 @@ def new_positions(start: jax.Array, lengths: jax.Array, count: int) -> jax.Array
     return jnp.where(offsets < lengths[:, None], start[:, None] + offsets, -1)
 
 
+def without_padding(x: jax.Array, positions: jax.Array) -> jax.Array:
+    """Array x [B, T, ...] with zeros where the positions [B, T] are negative."""
+    real = positions >= 0
+    return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
+
+
 def attend(
     length: jax.Array,
     count: int,
-    first: Callable[..., Any],
-    later: Callable[..., Any],
-    *operands: Any,
+    first: Callable[[], Any],
+    later: Callable[[], Any],
 ) -> Any:
     """Attention of new tokens to each other and to what a cache holds.
+
+    A prompt's tokens only see each other, which is faster than to read a cache as
+    well. Which of the two a call is, the program finds out when it runs; under vmap it
+    computes both. Where the cache has a narrower dtype than the computation, a prompt
+    sees keys and values that are not rounded to it yet, as later calls do.
 
     Args:
       length: int32 [B], tokens the cache has seen.
       count: New tokens T, padding included.
-      first: Attends among new tokens alone: for prompts, which have many, there are
-        faster ways than the one that also reads a cache.
-      later: Attends to both.
-      *operands: Of either.
+      first: Called without arguments if no row has seen any token: attends among the
+        new ones alone.
+      later: Called without arguments otherwise: attends to both.
 
     Returns:
-      What the one that is needed returns; both return the like.
+      What the one that is called returns. Both have to return the same structure,
+      shapes and dtypes.
     """
     if count == 1:
-        return later(*operands)
-    return jax.lax.cond(jnp.any(length > 0), later, first, *operands)
+        return later()
+    return jax.lax.cond(jnp.any(length > 0), later, first)
 
 
 def write(buffer: jax.Array, new: jax.Array, positions: jax.Array) -> jax.Array:
@@ -149,6 +166,84 @@ def all_real(lengths: jax.Array | None, batch: int, count: int) -> jax.Array:
             f"{list(lengths.shape)}"
         )
     return lengths.astype(jnp.int32)
+
+
+def check_cache(
+    mixer: Any,
+    cache: Any,
+    batch: int,
+    count: int,
+    max_length: Callable[[Any], int],
+) -> None:
+    """Raises ValueError unless a cache is one of a mixer, with room for new tokens.
+
+    Args:
+      mixer: A module with ``init_cache(batch_size, max_length, dtype)``.
+      cache: What the mixer is called with.
+      batch: Rows B of the call.
+      count: New tokens T of a row, padding included.
+      max_length: Tells from a cache of the mixer's class how many tokens it was made
+        for; a ring as long as its window holds the last ones of any number.
+    """
+    kind = type(jax.eval_shape(lambda: mixer.init_cache(batch, 1)))
+    maker = f"{type(mixer).__name__}.init_cache"
+    if type(cache) is not kind:
+        raise ValueError(
+            f"cache must be a {kind.__name__}, made by {maker}; got "
+            f"{type(cache).__name__}"
+        )
+    dtype = jax.tree.leaves(cache)[0].dtype
+    capacity = max_length(cache)
+
+    def describe(cache):
+        return {
+            jax.tree_util.keystr(path): f"{x.dtype} {list(x.shape)}"
+            for path, x in jax.tree_util.tree_leaves_with_path(cache)
+        }
+
+    def needed(length):
+        return describe(jax.eval_shape(lambda: mixer.init_cache(batch, length, dtype)))
+
+    own, fitting = describe(cache), needed(capacity)
+    for name in fitting | own:
+        if own.get(name) != fitting.get(name):
+            raise ValueError(
+                f"cache{name} must be {fitting.get(name)}, as {maker}({batch}, "
+                f"{capacity}) makes it; got {own.get(name)}"
+            )
+    if count > capacity and needed(count) != own:
+        raise ValueError(
+            f"x has T={count} tokens and the cache max_length={capacity}; T may not "
+            "exceed it"
+        )
+
+
+def check_input(
+    mixer: Any, x: jax.Array, segment_ids: jax.Array | None
+) -> tuple[int, int, int]:
+    """The sizes (B, T, features) of what a mixer of heads is called with.
+
+    Args:
+      mixer: See check_heads.
+      x: [B, T, features].
+      segment_ids: int [B, T], or None.
+
+    Raises:
+      ValueError: x or segment_ids has another shape, or as check_heads.
+    """
+    check_heads(mixer)
+    sizes = _common.bind_shapes(("x", x, "BTF"))
+    _common.check_segment_ids(segment_ids, sizes["B"], sizes["T"])
+    return sizes["B"], sizes["T"], sizes["F"]
+
+
+def check_heads(mixer: Any) -> None:
+    """Raises ValueError unless a mixer's heads are of positive number and width."""
+    _common.positive_integers(num_heads=mixer.num_heads, head_dim=mixer.head_dim)
+    for name in "num_kv_heads", "value_dim":
+        # None stands for what the other fields say.
+        if (size := getattr(mixer, name, None)) is not None:
+            _common.positive_integers(**{name: size})
 
 
 def check_call(segment_ids, cache, lengths) -> None:

@@ -73,9 +73,17 @@ class DenseAttention(nn.Module):
           [B, T, features], and the new cache if one was given.
         """
         caches.check_call(segment_ids, cache, lengths)
-        b, t, features = x.shape
+        b, t, features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
+
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        else:
+            caches.check_cache(self, cache, b, t, lambda x: x.key.shape[1])
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+            x = caches.without_padding(x, positions)
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(
@@ -83,11 +91,6 @@ class DenseAttention(nn.Module):
         )
         key = to_heads(self, "key", x, kv_heads, self.head_dim, norm=self.qk_norm)
         value = to_heads(self, "value", x, kv_heads, self.head_dim)
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
         if self.rope_base is not None:
             query = rope(query, positions, self.rope_base)
             key = rope(key, positions, self.rope_base)
@@ -133,7 +136,7 @@ class DenseAttention(nn.Module):
             key = caches.write_ring(cache.key, key, positions)
             value = caches.write_ring(cache.value, value, positions)
 
-        def later(query, new, keys, values):
+        def later():
             out, _ = attend_positions(
                 query,
                 keys.astype(query.dtype),
@@ -145,11 +148,9 @@ class DenseAttention(nn.Module):
             )
             return out
 
-        def first(query, new, keys, values):
-            return self._attend(query, *new)
+        def first():
+            return caches.without_padding(self._attend(query, *new), positions)
 
-        out = caches.attend(
-            cache.length, query.shape[1], first, later, query, new, keys, values
-        )
+        out = caches.attend(cache.length, query.shape[1], first, later)
         length = cache.length + lengths
         return out, cache.replace(key=key, value=value, length=length)

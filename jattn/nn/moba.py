@@ -130,9 +130,17 @@ class MixtureOfBlockAttention(nn.Module):
             top_k=self.top_k,
             key_conv_width=self.key_conv_width,
         )
-        b, t, features = x.shape
+        b, t, features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
+
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        else:
+            caches.check_cache(self, cache, b, t, lambda x: x.kv.key.shape[1])
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+            x = caches.without_padding(x, positions)
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(
@@ -140,11 +148,6 @@ class MixtureOfBlockAttention(nn.Module):
         )
         key = to_heads(self, "key", x, kv_heads, self.head_dim, norm=self.qk_norm)
         value = to_heads(self, "value", x, kv_heads, self.head_dim)
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
         if self.key_conv_width is not None:
             weight = self.param(
                 "key_conv",
@@ -189,13 +192,12 @@ class MixtureOfBlockAttention(nn.Module):
                 self._attend_cached_fully if full_attention else self._attend_cached
             )
 
-            def first(query, new, cache):
-                return attend(query, *new)
-
-            def later(query, new, cache):
-                return attend_cached(query, positions, cache)
-
-            out = caches.attend(held, t, first, later, query, (key, value), cache)
+            out = caches.attend(
+                held,
+                t,
+                lambda: caches.without_padding(attend(query, key, value), positions),
+                lambda: attend_cached(query, positions, cache),
+            )
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 

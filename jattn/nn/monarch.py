@@ -333,6 +333,7 @@ class MonarchMixer(nn.Module):
         limit, owner = self.max_length, "mixer"
         if cache is not None:
             self._check_causal()
+            caches.check_cache(self, cache, b, t, lambda x: x.inputs.shape[1])
             limit, owner = cache.inputs.shape[1], "cache"
         if t > limit:
             raise ValueError(

@@ -134,7 +134,23 @@ class NativeSparseAttention(nn.Module):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = jnp.float32
     ) -> NSACache:
-        """An empty cache for up to max_length tokens a row."""
+        """An empty cache for up to max_length tokens a row.
+
+        A row must not outgrow it: a token past max_length is not kept, and from there
+        on what its row gives means nothing. Other rows do not notice.
+
+        Args:
+          batch_size: Rows B.
+          max_length: Tokens S a row can take, padding not counted.
+          dtype: Of the keys and values.
+
+        Returns:
+          Keys [B, slots, K, H] and values [B, slots, K, V] in dtype for each branch
+          and for the compression, and lengths int32 [B], all zero.
+
+        Raises:
+          ValueError: As a call does, for the module's fields.
+        """
         self._check_fields()
         kv_heads = self.num_kv_heads or self.num_heads
 
@@ -170,22 +186,40 @@ class NativeSparseAttention(nn.Module):
         Args:
           x: [B, T, features].
           segment_ids: int [B, T], the document of each token; not with a cache.
+            Documents are contiguous and never see each other.
           cache: What came before, from init_cache or an earlier call.
           lengths: int32 [B], how many of the T tokens of each row are real; the rest
             is padding on the right and leaves no trace in the cache. All if None.
             Only with a cache.
 
         Returns:
-          [B, T, features], and the new cache if one was given.
+          [B, T, features] in the dtype of the computation, and the new cache if one
+          was given.
 
         Raises:
-          ValueError: Sizes contradict each other, or compression or rope_compressed
-            is none of its choices.
+          ValueError: The module's sizes are not positive integers or contradict each
+            other; compression, rope_compressed or implementation is none of its
+            choices; head_dim is odd and there are rotary positions; x, segment_ids or
+            lengths has another shape or dtype; segment_ids is given with a cache, or
+            lengths without one; the cache is not one that init_cache of this module
+            makes for B rows, or T exceeds its max_length.
+          NotImplementedError: The module's implementation does not support the call.
         """
         caches.check_call(segment_ids, cache, lengths)
         self._check_fields()
-        b, t, features = x.shape
+        b, t, features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
+
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
+            if segment_ids is not None:
+                # Within the document: a φ of rotated keys sees absolute positions.
+                positions -= _common.document_starts(segment_ids)
+        else:
+            caches.check_cache(self, cache, b, t, lambda x: x.selected[0].shape[1])
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+            x = caches.without_padding(x, positions)
 
         # [B, T, N, H]
         query = to_heads(
@@ -197,14 +231,6 @@ class NativeSparseAttention(nn.Module):
         gates = nn.sigmoid(to_heads(self, "gate", x, self.num_heads, 3))
         compress = self._compression()
 
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-            if segment_ids is not None:
-                # Within the document: a φ of rotated keys sees absolute positions.
-                positions -= _common.document_starts(segment_ids)
-        else:
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
         query = self._rope(query, positions)
         keys = [key[:, :, branch] for branch in range(3)]
         for branch in range(0 if self.rope_compressed == "before" else 1, 3):
@@ -217,6 +243,7 @@ class NativeSparseAttention(nn.Module):
             out, cache = self._attend_cached(
                 query, pairs, gates, compress, positions, lengths, cache
             )
+            out = caches.without_padding(out, positions)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
@@ -382,6 +409,7 @@ class NativeSparseAttention(nn.Module):
                 raise ValueError(
                     f"{name} must be one of {allowed}; got {getattr(self, name)!r}"
                 )
+        caches.check_heads(self)
         _common.group_size(self.num_heads, self.num_kv_heads or self.num_heads)
-        _common.check_positive(window_size=self.window_size)
+        _common.positive_integers(window_size=self.window_size)
         nsa.check_sizes(**self._windows(), **self._selection())

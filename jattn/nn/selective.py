@@ -12,7 +12,7 @@ from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
-from jattn.ops.selective import selective_attention
+from jattn.ops.selective import check_budget, check_skip_error, selective_attention
 from jattn.ops.selective_decode import (
     cached_selective_attention,
     prefill_selective_attention,
@@ -86,8 +86,21 @@ class SelectiveAttention(nn.Module):
     def init_cache(
         self, batch_size: int, max_length: int, dtype: Any = jnp.float32
     ) -> SelectiveCache:
-        """An empty cache for up to max_length tokens a row, of `budget` slots."""
-        slots = (batch_size, min(max_length, self.budget or max_length))
+        """An empty cache for up to max_length tokens a row, of at most `budget` slots.
+
+        Args:
+          batch_size: Rows B.
+          max_length: Most tokens of a row, those of the prompt included.
+          dtype: Of keys and values.
+
+        Returns:
+          See `SelectiveCache`; no slot holds a token.
+
+        Raises:
+          ValueError: budget or skip_error is out of range.
+        """
+        budget = self._checked_budget()
+        slots = (batch_size, max_length if budget is None else min(max_length, budget))
         shape = (*slots, self.num_kv_heads or self.num_heads, self.head_dim)
         return SelectiveCache(
             key=jnp.zeros(shape, dtype),
@@ -117,12 +130,31 @@ class SelectiveAttention(nn.Module):
             Only with a cache.
 
         Returns:
-          [B, T, features], and the new cache if one was given.
+          [B, T, features] in the dtype of the computation, and the new cache if one
+          was given, in its own dtypes.
+
+        Raises:
+          ValueError: budget, skip_error or (where the loss is collected) memory_tau is
+            out of range; the head sizes are not positive, num_kv_heads does not divide
+            num_heads, or head_dim is odd and there are rotary positions; x, segment_ids
+            or lengths has another shape or dtype; segment_ids is given with a cache, or
+            lengths without one; the cache is not one that init_cache of this module
+            makes for B rows, or T exceeds its max_length.
+          NotImplementedError: The requested implementation does not support the call.
         """
         caches.check_call(segment_ids, cache, lengths)
-        b, t, features = x.shape
+        budget = self._checked_budget()
+        b, t, features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
+
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        else:
+            caches.check_cache(self, cache, b, t, lambda x: x.position.shape[1])
+            lengths = caches.all_real(lengths, b, t)
+            positions = caches.new_positions(cache.length, lengths, t)
+            x = caches.without_padding(x, positions)
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(
@@ -130,40 +162,41 @@ class SelectiveAttention(nn.Module):
         )
         key = to_heads(self, "key", x, kv_heads, self.head_dim, norm=self.qk_norm)
         value = to_heads(self, "value", x, kv_heads, self.head_dim)
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
         if self.rope_base is not None:
             query = rope(query, positions, self.rope_base)
             key = rope(key, positions, self.rope_base)
 
         if cache is None:
-            out = self._attend(query, key, value, segment_ids)
+            out = self._attend(query, key, value, budget, segment_ids)
         else:
             # A cache of fewer slots than the budget has one for each of its tokens.
-            pruned = self.budget is not None and cache.position.shape[1] >= self.budget
-            later = functools.partial(
-                attend_pruned if pruned else _attend_cached,
-                implementation=self.implementation,
-            )
+            pruned = cache.position.shape[1] == budget
+            arrays = query, key, value, positions, cache
             first = functools.partial(
                 _prefill,
-                budget=self.budget if pruned else None,
+                *arrays,
+                budget=budget if pruned else None,
                 skip_error=self.skip_error,
                 implementation=self.implementation,
             )
-            arrays = query, key, value, positions, cache
-            out, cache = caches.attend(cache.length, t, first, later, *arrays)
+            later = functools.partial(
+                attend_pruned if pruned else _attend_cached,
+                *arrays,
+                implementation=self.implementation,
+            )
+            out, cache = caches.attend(cache.length, t, first, later)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 
-    def _attend(self, query, key, value, segment_ids):
+    def _checked_budget(self) -> int | None:
+        """The budget as an int or None; ValueError if a field is out of range."""
+        check_skip_error(self.skip_error)
+        return None if self.budget is None else check_budget(self.budget)
+
+    def _attend(self, query, key, value, budget, segment_ids):
         """Attention within the call; sows the memory loss where it is collected."""
         collect = self.is_mutable_collection("losses") and not self.is_initializing()
         memory_tau = self.memory_tau if collect else None
-        budget = self.budget
         if self.has_variable("budgets", "budget"):
             budget = self.get_variable("budgets", "budget")
         out = selective_attention(

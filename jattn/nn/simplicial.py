@@ -117,13 +117,24 @@ class TwoSimplicialAttention(nn.Module):
 
         Raises:
           ValueError: rope_base is given for the trilinear form or for heads narrower
-            than a triple, num_kv_heads does not divide num_heads, or arguments
-            exclude each other.
+            than a triple, num_kv_heads does not divide num_heads, arguments exclude
+            each other or have another shape or dtype, or the cache is not one that
+            init_cache of this module makes for B rows.
         """
         caches.check_call(segment_ids, cache, lengths)
         self._check_fields()
-        b, t, features = x.shape
+        b, t, features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
+
+        lengths = caches.all_real(lengths, b, t)
+        if cache is None:
+            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
+        else:
+            caches.check_cache(
+                self, cache, b, t, lambda x: max(x.key.shape[1], x.key2.shape[1])
+            )
+            positions = caches.new_positions(cache.length, lengths, t)
+            x = caches.without_padding(x, positions)
 
         # [B, T, N, H]
         query = to_heads(
@@ -139,11 +150,6 @@ class TwoSimplicialAttention(nn.Module):
                 "value2": False,
             }.items()
         }
-        lengths = caches.all_real(lengths, b, t)
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            positions = caches.new_positions(cache.length, lengths, t)
         if self.rope_base is not None:
             query = _turn_triples(query, positions, self.rope_base)
             for name in ("key", "key2"):
@@ -172,6 +178,7 @@ class TwoSimplicialAttention(nn.Module):
                 implementation=self.implementation,
                 **options,
             )
+            out = caches.without_padding(out, positions)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 

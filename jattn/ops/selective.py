@@ -6,6 +6,7 @@ large F may also be dropped for good: `selective_eviction`.
 """
 
 import math
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -82,9 +83,10 @@ def selective_attention(
       query: [B, T, N, H].
       key: [B, S, K, H], where K divides N; G = N / K query heads share a kv head.
       value: [B, S, K, V].
-      budget: Most keys a query holds, itself included; the others are dropped for
-        good, see `selective_eviction`. None to drop none. Needs T = S. An int32 scalar
-        array may differ from call to call of a compiled function.
+      budget: Most keys a query holds, itself included, at least 2; the others are
+        dropped for good, see `selective_eviction`. None to drop none. Needs T = S. An
+        int32 scalar array may differ from call to call of a compiled function; one
+        that is less than 2 counts as 2.
       memory_tau: If given, also return the memory term of every query,
         ``M_i = Σ_{j<=i} (1 - min(F[i,j], tau) / tau)``, see `selective_memory`. Keys
         that were dropped count nothing.
@@ -113,7 +115,7 @@ def selective_attention(
     """
     sizes = _common.check_attention(query, key, value, segment_ids)
     if budget is not None:
-        _check_budget(budget)
+        budget = _usable_budget(budget)
         if sizes["T"] < sizes["S"]:
             raise ValueError(
                 "budget needs the queries of all keys, since each may have evicted "
@@ -121,8 +123,7 @@ def selective_attention(
             )
     if memory_tau is not None:
         _check_tau(memory_tau)
-    if not 0 <= skip_error < 1:
-        raise ValueError(f"skip_error must be at least 0 and below 1; got {skip_error}")
+    check_skip_error(skip_error)
     scale = _common.default_scale(scale, sizes["H"])
     unsupported = kernels.unsupported(query, key, value, scale=scale, budget=budget)
     chosen = _common.choose_implementation(
@@ -177,7 +178,7 @@ def selective_memory(
         keys of its own.
 
     Returns:
-      [B] in mask's dtype.
+      [B] in mask's dtype, 0 if there are no queries.
 
     Raises:
       ValueError: Shapes do not fit, or tau is not positive.
@@ -185,13 +186,13 @@ def selective_memory(
     b, t, s = _check_mask(mask, "BTS", segment_ids)
     _check_tau(tau)
     visible = _visible(**_token_positions(b, t, s, segment_ids))
-    return jnp.max(_memory(mask, tau, visible), axis=-1)
+    return jnp.max(_memory(mask, tau, visible), axis=-1, initial=0)
 
 
 def selective_eviction(
     mask: jax.Array,
     *,
-    budget: int,
+    budget: int | jax.Array,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
     """When each key is dropped if at most `budget` of them are held.
@@ -203,7 +204,8 @@ def selective_eviction(
 
     Args:
       mask: F [B, T, T] of `selection_mask`.
-      budget: Most keys a query holds, at least 2.
+      budget: Most keys a query holds, at least 2. An int32 scalar array that is less
+        counts as 2.
       segment_ids: int [B, T], the document each token belongs to.
 
     Returns:
@@ -213,7 +215,7 @@ def selective_eviction(
       ValueError: Shapes do not fit, or budget is less than 2.
     """
     b, t, _ = _check_mask(mask, "BTT", segment_ids)
-    _check_budget(budget)
+    budget = _usable_budget(budget)
     positions = _token_positions(b, t, t, segment_ids)
     return _evict(_never(mask), mask, budget, **positions)
 
@@ -312,7 +314,9 @@ def _select(query, key, mask, *, query_positions, query_starts, key_positions, s
     rows = jnp.concatenate([mask[:, None], selected[:, :-1]], axis=1)
     # A tree of sums, where cumsum is a scan from row to row.
     mask = jax.lax.associative_scan(jnp.add, rows, axis=1)
-    return mask, mask[:, -1] + selected[:, -1]
+    # Of no queries, the last row is the first one, and none has selected anything.
+    last = jnp.sum(selected[:, -1:], axis=1)
+    return mask[:, : query.shape[1]], mask[:, -1] + last
 
 
 def _visible(*, query_positions, query_starts, key_positions):
@@ -329,6 +333,8 @@ def _memory(mask, tau, visible):
 
 def _evict(expiry, mask, budget, *, query_positions, query_starts, key_positions):
     """Expiry int32 [B, S] after the queries of F [B, T, S]; keys are in order."""
+    if not expiry.shape[1]:
+        return expiry  # argmax needs something to choose from
 
     def step(expiry, query):
         mask, position, start = query  # [B, S], [B, 1], [B, 1]
@@ -397,18 +403,37 @@ def _check_mask(mask, letters, segment_ids):
     return b, t, s
 
 
-def _check_budget(budget):
-    if isinstance(budget, jax.Array):
-        if budget.shape or not jnp.issubdtype(budget.dtype, jnp.integer):
-            raise ValueError(
-                "budget must be an integer or a scalar array of one; got shape "
-                f"{budget.shape} and {budget.dtype}"
-            )
-    elif not isinstance(budget, int) or budget < 2:
+def check_budget(budget: int) -> int:
+    """The budget, an integer of any type; ValueError unless it is at least 2."""
+    try:
+        number = operator.index(budget)
+    except TypeError:
+        number = 0
+    if number < 2:
         raise ValueError(
             "budget must be an integer of at least 2, for the first token and the "
             f"current one; got {budget!r}"
         )
+    return number
+
+
+def check_skip_error(skip_error: float) -> None:
+    """Raises ValueError unless 0 <= skip_error < 1."""
+    if not 0 <= skip_error < 1:
+        raise ValueError(f"skip_error must be at least 0 and below 1; got {skip_error}")
+
+
+def _usable_budget(budget):
+    """The budget if it is an array or an integer that can be one, at least 2."""
+    if not isinstance(budget, jax.Array):
+        return check_budget(budget)
+    if budget.shape or not jnp.issubdtype(budget.dtype, jnp.integer):
+        raise ValueError(
+            "budget must be an integer or a scalar array of one; got shape "
+            f"{budget.shape} and {budget.dtype}"
+        )
+    # No query can drop the first token of its document, nor its own.
+    return jnp.maximum(budget, 2)
 
 
 def _check_tau(tau):

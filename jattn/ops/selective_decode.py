@@ -111,16 +111,19 @@ def prefill_selective_attention(
       NotImplementedError: The requested implementation does not support the call.
     """
     b, t = key.shape[:2]
-    token = jnp.arange(t, dtype=jnp.int32)
-    real = token < lengths[:, None]
+    arrays = query, key, value, lengths
 
-    def reference(query, key, value):
-        positions = jnp.where(real, token, -1)
+    def reference(query, key, value, lengths):
+        positions = jnp.arange(t, dtype=jnp.int32)
+        real = positions < lengths[:, None]
+        positions = jnp.where(real, positions, -1)
+        dtype = _common.statistics_dtype(query, key, value)
         out, _, _, mask, expiry = attend_positions(
             query,
             key,
             value,
-            jnp.zeros((b, t)),
+            # Of what shard_map shards, as what a scan starts from has to be.
+            jnp.zeros_like(query, dtype, shape=(b, t)),
             query_positions=positions,
             query_starts=jnp.zeros_like(positions),
             key_positions=positions,
@@ -129,11 +132,10 @@ def prefill_selective_attention(
         )
         return out, mask, real if expiry is None else real & (expiry == t)
 
-    arrays = query, key, value
     chosen = _common.choose_implementation(
         "prefill of selective attention",
         implementation,
-        [("triton", kernels.unsupported(*arrays, scale=scale, budget=budget))],
+        [("triton", kernels.unsupported(*arrays[:3], scale=scale, budget=budget))],
     )
     if chosen == "xla":
         return reference(*arrays)
@@ -141,7 +143,8 @@ def prefill_selective_attention(
     from jattn.pallas.selective import triton as kernel
 
     @jax.custom_vjp
-    def attend(query, key, value):
+    def attend(query, key, value, lengths):
+        real = jnp.arange(t) < lengths[:, None]
         # What is all zeros selects nothing.
         selecting = jnp.where(real[..., None], query[:, :, 0], 0)
         query = query.at[:, :, 0].set(selecting)
@@ -154,10 +157,12 @@ def prefill_selective_attention(
     def attend_forward(*arrays):
         return attend(*arrays), arrays
 
-    def attend_backward(arrays, cotangents):
-        *cotangents, _ = cotangents
-        _, pullback = jax.vjp(lambda *x: reference(*x)[:2], *arrays)
-        return pullback(tuple(cotangents))
+    def attend_backward(residuals, cotangents):
+        *arrays, lengths = residuals
+        _, pullback = jax.vjp(
+            lambda query, key, value: reference(query, key, value, lengths)[:2], *arrays
+        )
+        return *pullback(cotangents[:2]), None
 
     attend.defvjp(attend_forward, attend_backward)
     return attend(*arrays)

@@ -36,7 +36,7 @@ def selective_attention_over_heads(
     value: jax.Array,
     *,
     axis_name: str,
-    budget: int | None = None,
+    budget: int | jax.Array | None = None,
     memory_tau: float | None = None,
     skip_error: float = 0.0,
     scale: float | None = None,
@@ -116,6 +116,9 @@ def selective_attention_over_sequence(
     sums over the devices is the row of F from which a device goes on. A device so
     holds the keys and values of the whole sequence, and for each key one fp32 number
     of each device. The last device, whose queries see the most, takes longest.
+
+    There is no budget: what a query drops depends on all that the queries before it
+    dropped, so that the devices would work one after the other.
 
     Args:
       query: [B, T, N, H], the part of this device.

@@ -16,7 +16,10 @@ term adds to it where F is below tau, which takes two kernels.
 
 What attends with F, forward and backward, is Mosaic GPU's if that supports the call.
 
-A budget takes a pass through F first, in which every query drops a key.
+A budget takes a pass through F first, in which every query drops a key. It computes F
+once more, all of it and a chunk at a time, and one program for each row of the batch
+then reads it: T S numbers, of which the T queries each take the largest, one after the
+other. The longer the rows and the fewer, the more of the time of a call that is.
 
 Nothing is added atomically: same input, same bits.
 
@@ -75,10 +78,12 @@ def attend(
 def _attend_forward(
     query, key, value, initial_mask, starts, budget, scale, skip_error, memory_tau
 ):
-    work = Work(query, key, value, starts, scale, skip_error, memory_tau)
+    arguments = query, key, value, starts, scale, skip_error, memory_tau
+    work = Work(*arguments)
     carries, _ = work.carries(initial_mask)
     if budget is not None:
-        work.expiry = eviction.expiry(work, carries, budget)
+        expiry = eviction.expiry(work, carries, budget)
+        work = Work(*arguments, work.least, expiry)
     out, lse, memory = by_queries.forward(work, carries)
     of_work = query, key, value, starts, work.least, work.expiry
     return (out, lse, memory), (of_work, carries, out, lse)
@@ -86,8 +91,7 @@ def _attend_forward(
 
 def _attend_backward(scale, skip_error, memory_tau, residuals, gradients):
     (query, key, value, starts, least, expiry), carries, out, lse = residuals
-    work = Work(query, key, value, starts, scale, skip_error, memory_tau, least)
-    work.expiry = expiry
+    work = Work(query, key, value, starts, scale, skip_error, memory_tau, least, expiry)
     return *backward(work, carries, out, lse, *gradients), None, None
 
 
@@ -148,14 +152,15 @@ def prefill(
       Output [B, T, N, V]; row F of the query after the last, fp32 [B, T]; and the first
       query that no longer holds each key, int32 [B, T], T where all later ones do.
     """
-    work = Work(query, key, value, None, scale, skip_error, None)
+    arguments = query, key, value, None, scale, skip_error, None
+    work = Work(*arguments)
     carries, following = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
-    expiry = jnp.full(key.shape[:2], work.queries, jnp.int32)
+    expiry = jnp.full((work.batch, work.columns), work.queries, jnp.int32)
     if budget is not None:
-        work.expiry = eviction.expiry(work, carries, budget)
-        expiry = work.expiry[:, : work.keys]
+        expiry = eviction.expiry(work, carries, budget)
+        work = Work(*arguments, work.least, expiry)
     out, *_ = by_queries.forward(work, carries)
-    return out, scale * following[:, : work.keys], expiry
+    return out, scale * following[:, : work.keys], expiry[:, : work.keys]
 
 
 def skipped_tiles(

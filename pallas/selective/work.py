@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import triton
 
-from jattn.pallas import _mosaic, _triton, tuning
+from jattn.pallas import _mosaic, _sharding, _triton, tuning
 from jattn.pallas.selective import mask
 
 # Queries of one carry. Tiles of queries divide it, and so do tiles of keys.
@@ -93,10 +93,26 @@ def tilings(query: jax.Array, value: jax.Array) -> dict[str, Tiling]:
 
 
 class Work:
-    """One call's arrays and sizes, F of its regions, and what of it is skipped."""
+    """One call's arrays and sizes, F of its regions, and what of it is skipped.
+
+    Attributes:
+      least: fp32 [B], from which F on a key is forgotten; None if none is. Computed if
+        it is not given and something may be skipped.
+      expiry: int32 [B, columns], the first query that does not hold a key; None if all
+        do.
+    """
 
     def __init__(
-        self, query, key, value, starts, scale, skip_error, memory_tau, least=None
+        self,
+        query,
+        key,
+        value,
+        starts,
+        scale,
+        skip_error,
+        memory_tau,
+        least=None,
+        expiry=None,
     ):
         self.query, self.key, self.value = query, key, value
         self.scale = scale
@@ -134,10 +150,9 @@ class Work:
         self.separate = self.mosaic and self.packed
         # Tiles may be left out, forgotten or of other documents.
         self.sparse = self.skip or self.separate
-        self.vary = functools.partial(_triton.vary_like, arrays=(query, key, value))
+        self.vary = functools.partial(_sharding.vary_like, arrays=(query, key, value))
         self.least = self.forgotten() if self.skip and least is None else least
-        # int32 [B, columns], the first query that does not hold a key; None if all do.
-        self.expiry: jax.Array | None = None
+        self.expiry: jax.Array | None = expiry
 
     def tiling(self, name):
         """That of a kernel in Triton, the measured one if there is one."""

@@ -4,6 +4,7 @@ The error of the kernels against the fp32 reference may be at most twice that of
 form in the kernels' own dtype, for the output and every gradient.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -18,11 +19,16 @@ from jattn.ops.selective_decode import (
     cached_selective_attention,
     prefill_selective_attention,
 )
-from jattn.pallas import tuning
+from jattn.pallas import _triton, tuning
 from jattn.pallas.selective import mosaic, work
 from jattn.pallas.selective import triton as kernel
+from jattn.train import build_model
+from jattn.train.data import Batch
+from jattn.train.prune import make_budget_evaluator
+from jattn.train.step import init_params
 from tests.gpu.gate import assert_passes_gate, calls_kernel, rounded
 from tests.support import documents, normal, relative_rms
+from tests.train import runs
 
 DTYPES = {"bf16": jnp.bfloat16, "fp16": jnp.float16, "fp32": jnp.float32}
 
@@ -214,6 +220,71 @@ def test_automatic_choice_in_the_module():
             assert relative_rms(actual, expected) <= 1e-5
 
 
+def test_automatic_choice_in_the_module_with_a_cache():
+    x, after = normal(0, (2, 500, 96), (2, 1, 96))
+    lengths = jnp.array([500, 300])
+    plain = SelectiveAttention(
+        num_heads=4, num_kv_heads=2, head_dim=32, implementation="xla"
+    )
+    params = plain.init(jax.random.key(0), x)
+
+    def run(implementation):
+        mixer = plain.clone(implementation=implementation)
+
+        def attend(x, lengths, cache):
+            return mixer.apply(params, x, lengths=lengths, cache=cache)
+
+        results, cache = [], mixer.init_cache(2, 501)
+        for arguments in (x, lengths), (after, None):
+            # Where they are not the first, 500 tokens have the jnp form alone.
+            chosen = calls_kernel(attend, *arguments, cache)
+            assert chosen == (implementation is None)
+            out, cache = jax.jit(attend)(*arguments, cache)
+            results += [out, cache.key, cache.value, cache.mask]
+        return results
+
+    with jax.default_matmul_precision("highest"):
+        for actual, expected in zip(run(None), run("xla"), strict=True):
+            assert relative_rms(actual, expected) <= 1e-5
+
+
+def test_the_search_of_budgets_runs_the_kernels(monkeypatch):
+    config = runs.config(
+        "", scheme="selective", num_layers=2, accumulation=2, dtype="float32"
+    )
+    params = jax.jit(lambda: init_params(build_model(config, 256), config))()
+    # Selection as strong as a trained model's, so that it matters who is dropped.
+    params = jax.tree.map(lambda x: 3 * x if x.ndim == 3 else x, params)
+    tokens = np.random.default_rng(0).integers(0, 256, (4, 300), dtype=np.int32)
+    segments = np.asarray(documents(200, 100, batch=4))
+    batch = Batch(tokens, segments, np.ones_like(tokens))
+    budgets = np.array([[300, 300], [4, 300], [300, 3], [2, 20]], np.int32)
+    names = []
+    call = _triton.call
+
+    def spy(launched, *operands, **options):
+        names.append(launched.fn.__name__)
+        return call(launched, *operands, **options)
+
+    monkeypatch.setattr(_triton, "call", spy)
+
+    def losses(implementation):
+        model = dataclasses.replace(config.model, implementation=implementation)
+        with_model = dataclasses.replace(config, model=model)
+        evaluate = make_budget_evaluator(
+            build_model(with_model, 256), with_model, params, [batch]
+        )
+        with jax.default_matmul_precision("highest"):
+            return evaluate(budgets)
+
+    expected = losses("xla")
+    assert not names
+    actual = losses(None)
+    assert "eviction_kernel" in names
+    np.testing.assert_allclose(actual, expected, rtol=1e-5)
+    assert np.min(np.abs(np.diff(np.sort(expected)))) > 1e-4
+
+
 @pytest.mark.parametrize("packed", [False, True])
 def test_skipping_stays_within_its_error(packed):
     arrays, options, cotangents = inputs(
@@ -340,6 +411,35 @@ def test_prefill_passes_the_gate(budget):
     np.testing.assert_array_equal(actual[2], reference[2])
     for x, y in zip(actual, prefill(*arrays, None), strict=True):
         np.testing.assert_array_equal(x, y)
+
+
+def test_prefill_skips_within_its_error():
+    (query, key, value, _), _, _ = inputs({"t": 1000, "h": 64, "v": 64})
+
+    @functools.partial(jax.jit, static_argnames=("implementation", "skip_error"))
+    def prefill(query, key, value, implementation, skip_error):
+        return prefill_selective_attention(
+            query,
+            key,
+            value,
+            jnp.array([1000]),
+            budget=None,
+            skip_error=skip_error,
+            scale=64**-0.5,
+            implementation=implementation,
+        )
+
+    with jax.default_matmul_precision("highest"):
+        arrays = (x.astype(jnp.float32) for x in (query, key, value))
+        exact = prefill(*arrays, "xla", 0.0)
+    actual = prefill(query, key, value, "triton", 1e-3)
+    assert relative_rms(actual[0], exact[0]) <= 7e-3
+    assert relative_rms(actual[1], exact[1]) <= 1e-5
+    # The last queries skip the keys from 128 to 192.
+    poisoned = value.at[:, 128:192].set(jnp.nan)
+    changed = prefill(query, key, poisoned, "triton", 1e-3)
+    np.testing.assert_array_equal(changed[0][:, 896:], actual[0][:, 896:])
+    assert np.all(np.isnan(changed[0][:, 128:192]))
 
 
 def test_the_benchmarks_inputs_skip_three_quarters():

@@ -14,7 +14,13 @@ from jattn.ops.selective import (
     selective_eviction,
 )
 from jattn.pallas import _triton
-from jattn.pallas.selective import by_keys, eviction, unsupported, work
+from jattn.pallas.selective import (
+    MAX_BUDGET_KEYS,
+    by_keys,
+    eviction,
+    unsupported,
+    work,
+)
 from jattn.pallas.selective import triton as kernel
 from tests.support import (
     assert_equal_up_to_rounding,
@@ -146,6 +152,26 @@ def test_budgets_equal_the_jnp_forms(monkeypatch, case):
     if options["budget"] < 40:
         plain = kernel_form(segment_ids, memory_tau=options["memory_tau"])(*arrays)
         assert np.any(plain[0] != actual[0])
+
+
+@pytest.mark.usefixtures("small_tiles")
+def test_array_budgets_below_2_are_the_jnp_forms(monkeypatch):
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    (*arrays, _), segment_ids = inputs(t=40, packed=True)
+
+    @functools.partial(jax.jit, static_argnames="implementation")
+    def attend(budget, implementation):
+        return selective_attention(
+            *arrays,
+            budget=budget,
+            segment_ids=segment_ids,
+            implementation=implementation,
+        )
+
+    expected = attend(jnp.int32(2), "xla")
+    for budget in (1, 0, -1):
+        actual = attend(jnp.int32(budget), "triton")
+        assert_equal_up_to_rounding(actual, expected)
 
 
 @pytest.mark.usefixtures("small_tiles")
@@ -328,6 +354,27 @@ def test_transformations_agree():
 
 
 @pytest.mark.usefixtures("small_tiles")
+def test_budgets_map_and_shard():
+    arrays, _ = inputs(b=2, t=18)
+
+    @jax.jit
+    def gradients(budget, *arrays):
+        return kernel_form(budget=budget)(*arrays)
+
+    budgets = [18, 5, 2]
+    expected = [gradients(jnp.int32(budget), *arrays) for budget in budgets]
+    # What the interpreter runs must not be traced meanwhile.
+    jax.block_until_ready(expected)
+    assert np.any(expected[0][0] != expected[1][0])
+    mapped = jax.vmap(gradients, in_axes=(0, *[None] * 4))(jnp.array(budgets), *arrays)
+    for i, plain in enumerate(expected):
+        for x, y in zip(mapped, plain, strict=True):
+            assert_equal_up_to_rounding(x[i], y)
+    sharded = shard_over_batch(lambda *arrays: gradients(jnp.int32(5), *arrays))
+    jax.tree.map(assert_equal_up_to_rounding, sharded(*arrays), expected[1])
+
+
+@pytest.mark.usefixtures("small_tiles")
 def test_the_operation_runs_it_on_request(monkeypatch):
     (*arrays, _), segment_ids = inputs(t=18, packed=True)
     attend = functools.partial(selective_attention, *arrays, segment_ids=segment_ids)
@@ -364,13 +411,14 @@ def test_compiles_to_matrix_instructions_for_hopper(
         assert shared_bytes <= 227 * 1024
 
 
-def test_evictions_compile_for_hopper(compile_triton):
+@pytest.mark.parametrize("length", [2**15, MAX_BUDGET_KEYS])
+def test_evictions_compile_for_hopper(compile_triton, length):
     def evict(query, key, carries):
         shared = work.Work(query, key, key, None, 1.0, 0.0, None)
         return eviction.expiry(shared, carries, jnp.int32(512))
 
-    keys = jax.ShapeDtypeStruct((1, 2**15, 2, 64), jnp.bfloat16)
-    carries = jax.ShapeDtypeStruct((1, 2**8, 2**15), jnp.float32)
+    keys = jax.ShapeDtypeStruct((1, length, 2, 64), jnp.bfloat16)
+    carries = jax.ShapeDtypeStruct((1, length // 128, length), jnp.float32)
     assert "eviction_kernel" in compile_triton(evict, keys, keys, carries)
 
 

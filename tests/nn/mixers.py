@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tests.support import assert_equal_up_to_rounding, normal
+from tests.support import assert_equal_up_to_rounding, normal, shard_over_batch
 
 
 def start(mixer, x, **options):
@@ -55,6 +55,43 @@ def check_ragged_decode(mixer, *, features=16, length=14, lengths=(9, 4), **opti
         out, cache = apply(params, token, cache=cache)
         assert_equal_up_to_rounding(out[:, 0], expected[jnp.arange(2), held])
         held = held + 1
+
+
+def check_padding_may_hold_anything(mixer, *, features=16, length=13):
+    """What pads a prompt, or tokens after it, reaches no output and no cache."""
+    (x,) = normal(4, (2, length, features))
+    params, apply = start(mixer, x)
+    cache = mixer.init_cache(2, 2 * length, jnp.float32)
+    lengths = jnp.array([length, 5])
+    poisoned = x.at[1, 5:].set(jnp.nan)
+    for _ in range(2):
+        expected = apply(params, x, cache=cache, lengths=lengths)
+        actual = apply(params, poisoned, cache=cache, lengths=lengths)
+        jax.tree.map(np.testing.assert_array_equal, actual, expected)
+        np.testing.assert_array_equal(actual[0][1, 5:], 0)
+        cache = actual[1]
+
+
+def check_cached_calls_map_and_shard(mixer, *, features=16, length=13):
+    """A prompt, and tokens after it, under vmap and under shard_map."""
+    (x,) = normal(5, (2, length, features))
+    params, apply = start(mixer, x)
+
+    def run(x, cache):
+        return apply(params, x, cache=cache)
+
+    def run_row(*row):
+        results = run(*jax.tree.map(lambda x: x[None], row))
+        return jax.tree.map(lambda x: x[0], results)
+
+    mapped, sharded = jax.jit(jax.vmap(run_row)), shard_over_batch(run)
+    cache = mixer.init_cache(2, 2 * length, jnp.float32)
+    for _ in range(2):
+        expected = run(x, cache)
+        for transformed in mapped, sharded:
+            actual = transformed(x, cache)
+            jax.tree.map(assert_equal_up_to_rounding, actual, expected)
+        cache = expected[1]
 
 
 def check_causality(mixer, *, features=16, length=17, cut=9, **options):

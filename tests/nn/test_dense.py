@@ -25,6 +25,16 @@ def test_rows_of_different_length(window):
     mixers.check_ragged_decode(make(window=window))
 
 
+@pytest.mark.parametrize("window", WINDOWS)
+def test_padding_may_hold_anything(window):
+    mixers.check_padding_may_hold_anything(make(window=window))
+
+
+@pytest.mark.parametrize("window", WINDOWS)
+def test_cached_calls_map_and_shard(window):
+    mixers.check_cached_calls_map_and_shard(make(window=window))
+
+
 def test_causality():
     mixers.check_causality(make())
 

@@ -43,6 +43,14 @@ def test_rows_of_different_length():
     mixers.check_ragged_decode(make_convolved())
 
 
+def test_padding_may_hold_anything():
+    mixers.check_padding_may_hold_anything(make_convolved())
+
+
+def test_cached_calls_map_and_shard():
+    mixers.check_cached_calls_map_and_shard(make_convolved())
+
+
 def test_causality():
     mixers.check_causality(make_convolved())
 

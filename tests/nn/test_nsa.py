@@ -153,6 +153,14 @@ def test_padding_leaves_no_trace():
     jax.tree.map(np.testing.assert_array_equal, one, other)
 
 
+def test_padding_may_hold_anything():
+    mixers.check_padding_may_hold_anything(make())
+
+
+def test_cached_calls_map_and_shard():
+    mixers.check_cached_calls_map_and_shard(make())
+
+
 def test_sequences_shorter_than_a_window():
     mixers.check_decode_equals_parallel(make(), length=3, splits=((1, 1, 1),))
     assert make().init_cache(1, 3).compressed[0].shape == (1, 0, 2, 8)
@@ -233,7 +241,14 @@ def test_bf16_computes_in_bf16():
         ({"stride": 3}, {}, "stride must divide kernel_size"),
         ({"num_blocks": 2}, {}, "num_blocks counts the forced blocks"),
         ({"window_size": 0}, {}, "window_size must be a positive integer; got 0"),
+        ({"window_size": None}, {}, "window_size must be a positive integer; got None"),
+        ({"value_dim": 0}, {}, "value_dim must be a positive integer; got 0"),
         ({}, {"lengths": jnp.ones(2, jnp.int32)}, "needs one"),
+        (
+            {},
+            {"segment_ids": jnp.ones((2, 4), int)},
+            r"\[B=2, S=5\].*got int32 \[2, 4\]",
+        ),
     ],
 )
 def test_errors_say_what_is_wrong(fields, arguments, message):
@@ -242,6 +257,24 @@ def test_errors_say_what_is_wrong(fields, arguments, message):
         jax.eval_shape(
             lambda x: make(**fields).init(jax.random.key(0), x, **arguments), x
         )
+
+
+@pytest.mark.parametrize(
+    ("made", "rows", "message"),
+    [
+        ({"kernel_size": 2}, 2, r"compressed\[0\] must be .* \[2, 14, 2, 8\], as "),
+        ({"window_size": 4}, 2, r"window\[0\] must be .* \[2, 3, .* \[2, 4, 2, 8\]"),
+        ({"value_dim": 6}, 2, r"compressed\[1\] must be .* \[2, 14, 2, 8\], as .*6\]"),
+        ({"num_kv_heads": 4}, 2, r"compressed\[0\] .* got float32 \[2, 14, 4, 8\]"),
+        ({}, 3, r"NativeSparseAttention.init_cache\(2, 30\) makes it; got .*\[3, 14,"),
+    ],
+)
+def test_a_cache_of_another_configuration_is_refused(made, rows, message):
+    (x,) = normal(0, (2, 5, 16))
+    params, _ = mixers.start(make(), x)
+    cache = make(**made).init_cache(rows, 30)
+    with pytest.raises(ValueError, match=message):
+        make().apply(params, x, cache=cache)
 
 
 def test_a_cache_of_impossible_sizes_is_refused():

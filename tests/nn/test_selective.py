@@ -31,6 +31,23 @@ def test_rows_of_different_length(budget):
     mixers.check_ragged_decode(make(budget=budget))
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_padding_may_hold_anything(budget):
+    mixers.check_padding_may_hold_anything(make(budget=budget))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_cached_calls_map_and_shard(budget):
+    mixers.check_cached_calls_map_and_shard(make(budget=budget))
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_prompts_in_chunks_map_and_shard(monkeypatch, budget):
+    monkeypatch.setattr("jattn.ops._common.CHUNK_BYTES", 1)
+    # With a width of its own, so that nothing was compiled before.
+    mixers.check_cached_calls_map_and_shard(make(budget=budget, head_dim=12))
+
+
 def test_causality():
     mixers.check_causality(make(budget=4))
 
@@ -50,14 +67,15 @@ def test_a_budget_is_all_the_cache_holds():
 
 def test_a_budget_that_is_never_reached_changes_nothing():
     x, params = initialised(make())
-    for mixer in (make(), make(budget=14)):
+    # With 13 slots, a budget of 13 is one that prunes, and drops nothing.
+    for mixer in (make(), make(budget=14), make(budget=13)):
         apply = jax.jit(
             lambda x, cache, mixer=mixer: mixer.apply(params, x, cache=cache)
         )
         out, cache = apply(x, mixer.init_cache(2, 13))
         if mixer.budget is None:
             expected = out, cache
-    jax.tree.map(np.testing.assert_array_equal, (out, cache), expected)
+        jax.tree.map(np.testing.assert_array_equal, (out, cache), expected)
 
 
 @pytest.mark.parametrize("split", [(13,), (6, 1, 6)])
@@ -272,6 +290,28 @@ def test_a_cache_excludes_segments():
     x, params = initialised(mixer, batch=1, length=5)
     with pytest.raises(ValueError, match="cannot be combined"):
         mixer.apply(params, x, segment_ids=documents(5), cache=mixer.init_cache(1, 5))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"budget": 1}, "budget must be an integer of at least 2.*got 1"),
+        ({"budget": 0}, "budget must be an integer of at least 2.*got 0"),
+        ({"budget": -3}, "budget must be an integer of at least 2.*got -3"),
+        ({"budget": 2.5}, "budget must be an integer of at least 2.*got 2.5"),
+        ({"budget": "a"}, "budget must be an integer of at least 2.*got 'a'"),
+        ({"skip_error": 2.0}, "skip_error must be at least 0 and below 1; got 2.0"),
+        ({"budget": 4}, r"cache.key must be float32 \[2, 4, .* got float32 \[2, 13,"),
+    ],
+)
+def test_unusable_fields_are_named_with_a_cache(fields, message):
+    x, params = initialised(make())
+    mixer, cache = make(**fields), make().init_cache(2, 13)
+    with pytest.raises(ValueError, match=message):
+        jax.eval_shape(lambda cache: mixer.apply(params, x, cache=cache), cache)
+    if fields != {"budget": 4}:
+        with pytest.raises(ValueError, match=message):
+            mixer.init_cache(2, 13)
 
 
 def test_an_unusable_tau_is_named_where_the_loss_is_collected():

@@ -40,6 +40,7 @@ def test_decode_equals_parallel(options):
 )
 def test_rows_of_different_length(options):
     mixers.check_ragged_decode(make(**options))
+    mixers.check_padding_may_hold_anything(make(**options))
 
 
 def test_causality():

@@ -466,6 +466,9 @@ def test_wrong_shapes_are_named(changes, message):
     [
         ({"budget": 1}, ValueError, "budget must be an integer of at least 2.*got 1"),
         ({"budget": 2.5}, ValueError, "budget must be an integer.*got 2.5"),
+        ({"budget": True}, ValueError, "budget must be an integer.*got True"),
+        ({"budget": "4"}, ValueError, "budget must be an integer.*got '4'"),
+        ({"budget": np.array([4])}, ValueError, "budget must be an integer.*got array"),
         ({"memory_tau": 0.0}, ValueError, "must be positive; got 0.0"),
         (
             {"initial_mask": jnp.zeros((2, 8))},
@@ -497,6 +500,51 @@ def test_a_budget_may_be_an_array():
     for budget in (jnp.zeros(2, jnp.int32), jnp.float32(3)):
         with pytest.raises(ValueError, match="budget must be an integer"):
             attend(budget)
+
+
+def test_array_budgets_below_2_count_as_2():
+    query, key, value = qkv(seed=1, t=14)
+    mask = jattn.selection_mask(query, key)
+
+    @jax.jit
+    def compute(budget):
+        attend = functools.partial(jattn.selective_attention, budget=budget)
+        return jattn.selective_eviction(mask, budget=budget), attend(query, key, value)
+
+    eviction = jattn.selective_eviction(mask, budget=2)
+    attended = jattn.selective_attention(query, key, value, budget=2)
+    for budget in (1, 0, -1):
+        actual = compute(jnp.int32(budget))
+        np.testing.assert_array_equal(actual[0], eviction)
+        assert_equal_up_to_rounding(actual[1], attended)
+
+
+@pytest.mark.parametrize("budget", [np.int32(4), np.int64(4), np.array(4)])
+def test_a_budget_may_be_any_integer(budget):
+    mask = jattn.selection_mask(*qkv()[:2])
+    np.testing.assert_array_equal(
+        jattn.selective_eviction(mask, budget=budget),
+        jattn.selective_eviction(mask, budget=4),
+    )
+
+
+def test_there_may_be_no_queries():
+    query, key, value = qkv(t=0)
+    mask = jattn.selection_mask(query, key)
+    assert mask.shape == (2, 0, 0)
+    assert jattn.selective_eviction(mask, budget=3).shape == (2, 0)
+    np.testing.assert_array_equal(jattn.selective_memory(mask), 0)
+    for budget in (None, 3):
+        out, lse, memory = jattn.selective_attention(
+            query, key, value, budget=budget, memory_tau=1.0, return_lse=True
+        )
+        assert out.shape == (2, 0, 4, 6)
+        assert lse.shape == (2, 0, 4)
+        assert memory.shape == (2, 0)
+    _, key, _ = qkv(s=5)
+    (first_row,) = normal(1, (2, 5))
+    mask = jattn.selection_mask(query, key, initial_mask=first_row)
+    assert mask.shape == (2, 0, 5)
 
 
 def test_a_budget_needs_all_queries():

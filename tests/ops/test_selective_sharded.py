@@ -1,5 +1,6 @@
 """Selective attention on two devices equals that on one."""
 
+import collections
 import functools
 
 import jax
@@ -10,6 +11,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 import jattn
 from jattn.ops import _common
+from jattn.pallas import _triton
+from jattn.pallas.selective import work
 from tests.support import assert_equal_up_to_rounding, documents, normal
 
 HEADS = PartitionSpec(None, None, "x")
@@ -127,6 +130,54 @@ def test_the_sequence_in_chunks_of_float32(monkeypatch):
     found = with_gradients(over_sequence(segments, scale=0.7))(arrays)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         assert_equal_up_to_rounding(a, b)
+
+
+@pytest.fixture
+def kernels(monkeypatch):
+    """The kernels in the interpreter, which is slow: with blocks of 16 tokens."""
+    tiling = work.Tiling(16, 16, 1, 1)
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    monkeypatch.setattr(work, "BLOCK", 16)
+    monkeypatch.setattr(
+        work, "tilings", lambda *_: collections.defaultdict(lambda: tiling)
+    )
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("sharded", [over_heads, over_sequence])
+def test_kernels(sharded):
+    arrays, segments = qkv(n=4, k=2), SEGMENTS["documents"]
+    found = with_gradients(sharded(segments, implementation="triton"))(arrays)
+    single = on_one_device(segments, implementation="xla")
+    expected = with_gradients(single)(arrays)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        assert_equal_up_to_rounding(a, b)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_kernels_over_heads_with_a_budget():
+    arrays, options = qkv(n=4, k=2), {"budget": jnp.int32(3)}
+    found = jax.jit(over_heads(None, implementation="triton", **options))(*arrays)
+    expected = on_one_device(None, implementation="xla", **options)(*arrays)
+    for a, b in zip(found, expected, strict=True):
+        assert_equal_up_to_rounding(a, b)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("sharded", [over_heads, over_sequence])
+def test_kernels_that_skip(sharded):
+    # Every query of the selecting head selects all keys by about 3.
+    query, key, value = (0.1 * x[:1] for x in qkv(t=64, n=2, k=2))
+    query, key = query.at[:, :, 0].add(1), key + 1
+    # The last queries skip what the tile from 16 to 32 holds.
+    poisoned = value.at[:, 16:32].set(jnp.nan)
+    attend = sharded(None, implementation="triton", skip_error=1e-2)
+    found = jax.jit(attend)(query, key, poisoned)
+    expected = on_one_device(None, implementation="xla")(query, key, value)
+    assert_equal_up_to_rounding(found[0][:, 48:], expected[0][:, 48:], 2e-2)
+    assert np.all(np.isnan(found[0][:, 16:32]))
+    for a, b in zip(found[1:], expected[1:], strict=True):
+        assert_equal_up_to_rounding(a, b, 2e-2)
 
 
 def test_sums_go_from_the_first_device_to_the_second_and_not_back():
