@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -155,7 +156,7 @@ def _run(
     name,
     automatic_barriers,
 ):
-    return plgpu.kernel(
+    run = plgpu.kernel(
         functools.partial(kernel, **dict(constants)),
         out_type=list(outputs),
         scratch_types=dict(memory),
@@ -172,7 +173,13 @@ def _run(
             unsafe_no_auto_barriers=not automatic_barriers,
         ),
         interpret=interpretation(),
-    )(*operands)
+    )
+    if _sharding.varying_axes(operands):
+        # Traced by itself: in a kernel, what JAX knows of the axes that references
+        # vary over gets lost on the way, and the types of its loops contradict it.
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
+        run = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))
+    return run(*operands)
 
 
 def matrix(*shape: int, dtype: Any) -> Any:

@@ -2,7 +2,9 @@
 
 import contextlib
 
+import jax
 import numpy as np
+from jax.sharding import AxisType, PartitionSpec
 
 from jattn.pallas import tuning
 
@@ -24,3 +26,21 @@ def chosen(monkeypatch, module, **tilings):
         ]
         yield
     assert all(forced), "another kernel was used"
+
+
+def lowered_on_shards(function, *shapes):
+    """The program of a function that each of two H100 calls on one of two elements."""
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
+    mesh = jax.sharding.AbstractMesh(
+        (2,), ("data",), (AxisType.Auto,), abstract_device=device
+    )
+    spec = PartitionSpec("data")
+
+    def on_shard(*arrays):
+        return [x[None] for x in function(*(x[0] for x in arrays))]
+
+    sharded = jax.shard_map(on_shard, mesh=mesh, in_specs=spec, out_specs=spec)
+    shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in shapes]
+    with jax.sharding.use_abstract_mesh(mesh):
+        lowered = jax.jit(sharded).trace(*shapes).lower(lowering_platforms=("cuda",))
+    return lowered.as_text()

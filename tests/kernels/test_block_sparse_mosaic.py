@@ -19,7 +19,11 @@ from jattn.pallas.block_sparse import (
 )
 from jattn.pallas.block_sparse import triton as kernel
 from jattn.pallas.block_sparse.launch import RowTiling
-from tests.kernels.block_sparse_mosaic import chosen, random_blocks
+from tests.kernels.block_sparse_mosaic import (
+    chosen,
+    lowered_on_shards,
+    random_blocks,
+)
 from tests.support import normal, relative_rms
 
 # Thread blocks with several tiles each, and rings that go through all of their slots.
@@ -131,6 +135,7 @@ def test_lowers_for_hopper(lower_for_h100, group):
     text = lower_for_h100(attend, *shapes)
     assert "block_sparse_forward" in text
     assert text.count("mosaic_gpu") > 0
+    assert "block_sparse_forward" in lowered_on_shards(attend, *shapes)
 
 
 @pytest.mark.parametrize(

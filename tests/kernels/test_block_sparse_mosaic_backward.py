@@ -10,7 +10,11 @@ import pytest
 from jattn.ops.block_sparse import block_sparse_attention
 from jattn.pallas.block_sparse import backward, mosaic_backward, mosaic_chunk, pairs
 from jattn.pallas.block_sparse.launch import RowTiling
-from tests.kernels.block_sparse_mosaic import chosen, random_blocks
+from tests.kernels.block_sparse_mosaic import (
+    chosen,
+    lowered_on_shards,
+    random_blocks,
+)
 from tests.support import normal, relative_rms
 
 # Consumers with several tiles each, and rings that go through all of their slots.
@@ -132,3 +136,4 @@ def test_lowers_for_hopper(lower_for_h100, group):
     text = lower_for_h100(gradients, *shapes)
     assert "block_sparse_backward" in text
     assert text.count("mosaic_gpu") > 0
+    assert "block_sparse_backward" in lowered_on_shards(gradients, *shapes)
