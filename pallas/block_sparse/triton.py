@@ -220,6 +220,7 @@ def _add_triton_parts(arguments, addends, results, **constants):
       The results.
     """
     query, key, value, *_ = arguments
+    # In longer chunks a block meets more queries each time it is loaded.
     launch = Launch(*arguments, times=2)
     tiling = forward_tiling(query, value, launch.block, launch.group)
     blocks, shared = launch.plan(share=True)

@@ -81,7 +81,7 @@ def forward(
       key: [B, S, K, H], filled up to whole blocks with anything finite.
       value: [B, S, K, H], likewise.
       bias: fp32 [B, CHUNK, S], ``-F / scale`` of a whole number of blocks, in
-        fragments; `mask.UNSEEN` for keys of other documents.
+        fragments; `mask.UNSEEN` for keys of other documents and for dropped ones.
       first: int32 [2], the chunk's first query, which begins a block, and 0.
       live: None, or what is not skipped: of each block of queries the list of its tiles
         of `tiling.keys` keys, those skipped at the end, int32 [B, blocks, S / keys],
