@@ -175,11 +175,34 @@ def _run(
         interpret=interpretation(),
     )
     if _sharding.varying_axes(operands):
-        # Traced by itself: in a kernel, what JAX knows of the axes that references
-        # vary over gets lost on the way, and the types of its loops contradict it.
-        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in operands]
-        run = jax.extend.core.jaxpr_as_fun(jax.make_jaxpr(run)(*shapes))
+        run = _traced_apart(run)
     return run(*operands)
+
+
+def _traced_apart(function):
+    """A function of arrays, for which it does not matter that they vary in shard_map.
+
+    In a kernel, what JAX knows of the mesh axes that references vary over gets lost on
+    the way, and the types of its loops contradict it.
+    """
+
+    def call(function, arrays):
+        shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+        jaxpr = jax.make_jaxpr(function)(*shapes)
+        return jax.extend.core.jaxpr_as_fun(jaxpr)(*arrays)
+
+    @jax.custom_batching.custom_vmap
+    def run(*arrays):
+        return call(function, arrays)
+
+    @run.def_vmap
+    def _(axis_size, in_batched, *arrays):
+        in_axes = [0 if is_batched else None for is_batched in in_batched]
+        mapped = jax.vmap(function, in_axes, axis_size=axis_size)
+        results = call(mapped, arrays)
+        return results, [True] * len(results)
+
+    return run
 
 
 def matrix(*shape: int, dtype: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Operations under vmap, and kernels that write to their operands, as XLA runs them."""
+"""Operations under vmap and shard_map, and kernels that write to their operands."""
 
 import functools
 
@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import triton
 import triton.language as tl
+from jax.sharding import AxisType, PartitionSpec
 
 import jattn
 from benchmarks import nsa
@@ -104,6 +105,23 @@ def test_operations_map(name):
         for x, y in zip(actual, expected, strict=True):
             # XLA may add up in another order, and that alone.
             assert relative_rms(x[i], y) <= ROUNDING[dtype]
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_shard(name):
+    operation, shapes = OPERATIONS[name]
+    arrays = normal(0, *[(2, T, *shape) for shape in shapes], dtype=jnp.bfloat16)
+
+    def gradients(*arrays):
+        out, pullback = jax.vjp(operation, *arrays)
+        return out, *pullback(jnp.cos(out))
+
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
+    spec = PartitionSpec("data")
+    sharded = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec)
+    expected = jax.jit(gradients)(*arrays)
+    for x, y in zip(jax.jit(sharded)(*arrays), expected, strict=True):
+        assert relative_rms(x, y) <= ROUNDING[jnp.bfloat16]
 
 
 def test_budgets_map():

@@ -29,7 +29,7 @@ def chosen(monkeypatch, module, **tilings):
 
 
 def lowered_on_shards(function, *shapes):
-    """The program of a function that each of two H100 calls on one of two elements."""
+    """A program for two H100, each of which maps a function and calls it once more."""
     device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", None, "gpu")
     mesh = jax.sharding.AbstractMesh(
         (2,), ("data",), (AxisType.Auto,), abstract_device=device
@@ -37,10 +37,11 @@ def lowered_on_shards(function, *shapes):
     spec = PartitionSpec("data")
 
     def on_shard(*arrays):
-        return [x[None] for x in function(*(x[0] for x in arrays))]
+        once = [x[None] for x in function(*(x[0] for x in arrays))]
+        return once, jax.vmap(function)(*arrays)
 
     sharded = jax.shard_map(on_shard, mesh=mesh, in_specs=spec, out_specs=spec)
-    shapes = [jax.ShapeDtypeStruct((2, *x.shape), x.dtype) for x in shapes]
+    shapes = [jax.ShapeDtypeStruct((4, *x.shape), x.dtype) for x in shapes]
     with jax.sharding.use_abstract_mesh(mesh):
         lowered = jax.jit(sharded).trace(*shapes).lower(lowering_platforms=("cuda",))
     return lowered.as_text()

@@ -135,7 +135,7 @@ def test_lowers_for_hopper(lower_for_h100, group):
     text = lower_for_h100(attend, *shapes)
     assert "block_sparse_forward" in text
     assert text.count("mosaic_gpu") > 0
-    assert "block_sparse_forward" in lowered_on_shards(attend, *shapes)
+    assert lowered_on_shards(attend, *shapes).count("mosaic_gpu_v2") == 2
 
 
 @pytest.mark.parametrize(
