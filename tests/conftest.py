@@ -26,6 +26,17 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("jattn")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _without_what_others_compiled():
+    """Drops compiled programs after a module's tests.
+
+    Each takes some of the memory mappings that a process may have, and with those of
+    all modules a worker runs out of them: XLA then crashes while it compiles.
+    """
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """Runs a test with 64-bit types enabled."""
