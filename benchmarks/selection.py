@@ -16,7 +16,7 @@ from benchmarks.dense import cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
 from jattn.ops.compressed import num_windows
-from jattn.ops.nsa import select_blocks_by_lse
+from jattn.ops.nsa_selection import select_blocks_by_lse
 from jattn.pallas.selection import mosaic
 from jattn.pallas.selection.triton import RowTiling, Tiling
 

@@ -74,6 +74,38 @@ def without_padding(x: jax.Array, positions: jax.Array) -> jax.Array:
     return jnp.where(real.reshape(*real.shape, *[1] * (x.ndim - 2)), x, 0)
 
 
+def place_tokens(
+    mixer: Any,
+    x: jax.Array,
+    cache: Any,
+    lengths: jax.Array | None,
+    max_length: Callable[[Any], int],
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Where the tokens are that a mixer is called with.
+
+    Args:
+      mixer: See check_cache.
+      x: [B, T, features].
+      cache: What came before, or None.
+      lengths: int32 [B], real tokens of each row; all if None. Only with a cache.
+      max_length: See check_cache.
+
+    Returns:
+      x, zero where a token is padding; positions int32 [B, T], negative there; and the
+      lengths.
+
+    Raises:
+      ValueError: As check_cache and all_real.
+    """
+    b, t = x.shape[:2]
+    lengths = all_real(lengths, b, t)
+    if cache is None:
+        return x, jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t)), lengths
+    check_cache(mixer, cache, b, t, max_length)
+    positions = new_positions(cache.length, lengths, t)
+    return without_padding(x, positions), positions, lengths
+
+
 def attend(
     length: jax.Array,
     count: int,
@@ -218,10 +250,8 @@ def check_cache(
         )
 
 
-def check_input(
-    mixer: Any, x: jax.Array, segment_ids: jax.Array | None
-) -> tuple[int, int, int]:
-    """The sizes (B, T, features) of what a mixer of heads is called with.
+def check_input(mixer: Any, x: jax.Array, segment_ids: jax.Array | None) -> int:
+    """The features of what a mixer of heads is called with.
 
     Args:
       mixer: See check_heads.
@@ -234,7 +264,7 @@ def check_input(
     check_heads(mixer)
     sizes = _common.bind_shapes(("x", x, "BTF"))
     _common.check_segment_ids(segment_ids, sizes["B"], sizes["T"])
-    return sizes["B"], sizes["T"], sizes["F"]
+    return sizes["F"]
 
 
 def check_heads(mixer: Any) -> None:

@@ -73,17 +73,13 @@ class DenseAttention(nn.Module):
           [B, T, features], and the new cache if one was given.
         """
         caches.check_call(segment_ids, cache, lengths)
-        b, t, features = caches.check_input(self, x, segment_ids)
+        features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
 
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            caches.check_cache(self, cache, b, t, lambda x: x.key.shape[1])
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
-            x = caches.without_padding(x, positions)
+        x, positions, lengths = caches.place_tokens(
+            self, x, cache, lengths, lambda x: x.key.shape[1]
+        )
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(

@@ -130,17 +130,13 @@ class MixtureOfBlockAttention(nn.Module):
             top_k=self.top_k,
             key_conv_width=self.key_conv_width,
         )
-        b, t, features = caches.check_input(self, x, segment_ids)
+        features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
 
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            caches.check_cache(self, cache, b, t, lambda x: x.kv.key.shape[1])
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
-            x = caches.without_padding(x, positions)
+        x, positions, lengths = caches.place_tokens(
+            self, x, cache, lengths, lambda x: x.kv.key.shape[1]
+        )
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(
@@ -178,7 +174,7 @@ class MixtureOfBlockAttention(nn.Module):
                 key,
                 value,
                 block_size=self.block_size,
-                top_k=min(self.top_k, -(-t // self.block_size)),
+                top_k=min(self.top_k, -(-x.shape[1] // self.block_size)),
                 segment_ids=segment_ids,
                 implementation=self.implementation,
             )
@@ -194,7 +190,7 @@ class MixtureOfBlockAttention(nn.Module):
 
             out = caches.attend(
                 held,
-                t,
+                x.shape[1],
                 lambda: caches.without_padding(attend(query, key, value), positions),
                 lambda: attend_cached(query, positions, cache),
             )

@@ -11,7 +11,7 @@ from flax.linen.dtypes import promote_dtype
 from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
-from jattn.ops import _common, nsa
+from jattn.ops import _common, nsa, nsa_selection
 from jattn.ops.compressed import nsa_window_means, nsa_windows, num_windows
 from jattn.ops.nsa_decode import cached_attention
 
@@ -207,19 +207,15 @@ class NativeSparseAttention(nn.Module):
         """
         caches.check_call(segment_ids, cache, lengths)
         self._check_fields()
-        b, t, features = caches.check_input(self, x, segment_ids)
+        features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
 
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t, dtype=jnp.int32), (b, t))
-            if segment_ids is not None:
-                # Within the document: a φ of rotated keys sees absolute positions.
-                positions -= _common.document_starts(segment_ids)
-        else:
-            caches.check_cache(self, cache, b, t, lambda x: x.selected[0].shape[1])
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
-            x = caches.without_padding(x, positions)
+        x, positions, lengths = caches.place_tokens(
+            self, x, cache, lengths, lambda x: x.selected[0].shape[1]
+        )
+        if segment_ids is not None:
+            # Within the document: a φ of rotated keys sees absolute positions.
+            positions -= _common.document_starts(segment_ids)
 
         # [B, T, N, H]
         query = to_heads(
@@ -412,4 +408,4 @@ class NativeSparseAttention(nn.Module):
         caches.check_heads(self)
         _common.group_size(self.num_heads, self.num_kv_heads or self.num_heads)
         _common.positive_integers(window_size=self.window_size)
-        nsa.check_sizes(**self._windows(), **self._selection())
+        nsa_selection.check_sizes(**self._windows(), **self._selection())

@@ -144,17 +144,13 @@ class SelectiveAttention(nn.Module):
         """
         caches.check_call(segment_ids, cache, lengths)
         budget = self._checked_budget()
-        b, t, features = caches.check_input(self, x, segment_ids)
+        features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
 
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            caches.check_cache(self, cache, b, t, lambda x: x.position.shape[1])
-            lengths = caches.all_real(lengths, b, t)
-            positions = caches.new_positions(cache.length, lengths, t)
-            x = caches.without_padding(x, positions)
+        x, positions, lengths = caches.place_tokens(
+            self, x, cache, lengths, lambda x: x.position.shape[1]
+        )
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(
@@ -184,7 +180,7 @@ class SelectiveAttention(nn.Module):
                 *arrays,
                 implementation=self.implementation,
             )
-            out, cache = caches.attend(cache.length, t, first, later)
+            out, cache = caches.attend(cache.length, x.shape[1], first, later)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
 

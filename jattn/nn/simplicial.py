@@ -123,18 +123,12 @@ class TwoSimplicialAttention(nn.Module):
         """
         caches.check_call(segment_ids, cache, lengths)
         self._check_fields()
-        b, t, features = caches.check_input(self, x, segment_ids)
+        features = caches.check_input(self, x, segment_ids)
         kv_heads = self.num_kv_heads or self.num_heads
 
-        lengths = caches.all_real(lengths, b, t)
-        if cache is None:
-            positions = jnp.broadcast_to(jnp.arange(t), (b, t))
-        else:
-            caches.check_cache(
-                self, cache, b, t, lambda x: max(x.key.shape[1], x.key2.shape[1])
-            )
-            positions = caches.new_positions(cache.length, lengths, t)
-            x = caches.without_padding(x, positions)
+        x, positions, lengths = caches.place_tokens(
+            self, x, cache, lengths, lambda x: max(x.key.shape[1], x.key2.shape[1])
+        )
 
         # [B, T, N, H]
         query = to_heads(

@@ -19,7 +19,8 @@ from jattn.ops.monarch import (
     monarch_from_dense,
     monarch_matmul,
 )
-from jattn.ops.nsa import native_sparse_attention, nsa_select_blocks
+from jattn.ops.nsa import native_sparse_attention
+from jattn.ops.nsa_selection import nsa_select_blocks
 from jattn.ops.selective import (
     selection_mask,
     selective_attention,

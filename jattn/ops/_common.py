@@ -107,14 +107,19 @@ def positive_integers(**values: Any) -> tuple[int, ...]:
 
 def integer_from(least: int, name: str, value: Any) -> int:
     """A value as a Python integer; ValueError unless it is one and at least `least`."""
-    try:
-        integer = operator.index(value)
-    except TypeError:
-        integer = None
+    integer = as_integer(value)
     if integer is None or integer < least:
         kind = "a positive integer" if least == 1 else f"an integer >= {least}"
         raise ValueError(f"{name} must be {kind}; got {value!r}")
     return integer
+
+
+def as_integer(value: Any) -> int | None:
+    """An integer of any type as Python's; None if the value is none, or traced."""
+    try:
+        return operator.index(value)
+    except TypeError:
+        return None
 
 
 def check_floating(**arrays: jax.Array) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jattn.ops import _common, nsa
+from jattn.ops import _common, nsa, nsa_selection
 from jattn.ops.block_sparse import (
     attend_block_positions,
     block_sparse_attention,
@@ -85,7 +85,7 @@ def cached_attention(
       NotImplementedError: The requested implementation does not support the call.
     """
     kernel_size, stride, block_size, num_blocks, num_initial, num_local = (
-        nsa.check_sizes(
+        nsa_selection.check_sizes(
             kernel_size, stride, block_size, num_blocks, num_initial, num_local
         )
     )
@@ -196,7 +196,7 @@ def _attend_branches(
             "document_starts": jnp.zeros_like(positions),
         }
         from_compressed, _ = attend_windows(query, *compressed, **sight, **sizes)
-        blocks = nsa.select_blocks(
+        blocks = nsa_selection.select_blocks(
             query, compressed[0], length=capacity, **sight, **sizes, **selection
         )
     else:
@@ -299,7 +299,7 @@ def _attend_moved(
         "implementation": implementation,
     }
     out, lse = compressed_attention(moved_query, key, value, return_lse=True, **shared)
-    blocks = nsa.select_blocks_by_lse(
+    blocks = nsa_selection.select_blocks_by_lse(
         moved_query,
         key,
         lse,

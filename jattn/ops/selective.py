@@ -6,7 +6,6 @@ large F may also be dropped for good: `selective_eviction`.
 """
 
 import math
-import operator
 
 import jax
 import jax.numpy as jnp
@@ -405,11 +404,8 @@ def _check_mask(mask, letters, segment_ids):
 
 def check_budget(budget: int) -> int:
     """The budget, an integer of any type; ValueError unless it is at least 2."""
-    try:
-        number = operator.index(budget)
-    except TypeError:
-        number = 0
-    if number < 2:
+    number = _common.as_integer(budget)
+    if number is None or number < 2:
         raise ValueError(
             "budget must be an integer of at least 2, for the first token and the "
             f"current one; got {budget!r}"

@@ -15,7 +15,8 @@ from jattn.nn import MixtureOfBlockAttention, NativeSparseAttention
 from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.compressed import num_windows
 from jattn.ops.moba import mixture_of_block_attention, moba_select_blocks
-from jattn.ops.nsa import native_sparse_attention, nsa_select_blocks
+from jattn.ops.nsa import native_sparse_attention
+from jattn.ops.nsa_selection import nsa_select_blocks
 from jattn.pallas.block_sparse import pairs
 from tests.gpu.gate import assert_passes_gate, calls_kernel
 from tests.support import documents, normal, relative_rms

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jattn.nn import NativeSparseAttention
-from jattn.ops import nsa
+from jattn.ops import nsa, nsa_selection
 from jattn.ops.block_sparse import attend_block_positions
 from jattn.ops.compressed import attend_windows
 from jattn.ops.dense import attend_positions
@@ -97,7 +97,7 @@ def reference(arrays, blocks, sizes):
             **in_window,
         )[0],
     )
-    chosen = nsa.select_blocks(
+    chosen = nsa_selection.select_blocks(
         arrays["query"],
         arrays["compressed"][0],
         length=arrays["selected"][0].shape[1],

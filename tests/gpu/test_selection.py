@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.ops import _common, nsa
+from jattn.ops import _common, nsa_selection
 from jattn.ops.compressed import (
     compressed_attention,
     nsa_windows,
@@ -107,7 +107,7 @@ def nsa_scores(query, key_cmp, positions, starts, count, sizes):
     kernel_size, stride = sizes["kernel_size"], sizes["stride"]
     visible = visible_windows(positions, starts, m, kernel_size, stride)
     weights, _ = _common.masked_softmax(logits, visible[:, None, None])
-    scores = nsa._block_scores(
+    scores = nsa_selection._block_scores(
         jnp.sum(weights, axis=2), count, kernel_size, stride, sizes["block_size"]
     )
     return jnp.moveaxis(scores, 1, 2)
@@ -181,7 +181,7 @@ def test_nsa_blocks(monkeypatch, name):
 
     @functools.partial(jax.jit, static_argnames="implementation")
     def select(query, key_cmp, lse=None, *, implementation):
-        return nsa.select_blocks_by_lse(
+        return nsa_selection.select_blocks_by_lse(
             query,
             key_cmp,
             lse,
@@ -250,7 +250,7 @@ def test_moba_blocks(monkeypatch, name):
 def test_ties_go_to_the_lower_index():
     query = jnp.ones((1, 5000, 4, 64), jnp.bfloat16)
     key_cmp = jnp.ones((1, num_windows(5000, 32, 16), 1, 64), jnp.bfloat16)
-    select = functools.partial(nsa.nsa_select_blocks, query, key_cmp, **SIZES)
+    select = functools.partial(nsa_selection.nsa_select_blocks, query, key_cmp, **SIZES)
     blocks = select(implementation="triton")
     np.testing.assert_array_equal(blocks[0, -1, 0], [0, 1, 2, 3, 4, 5, 77, 78])
     np.testing.assert_array_equal(blocks[0, 4000, 0], [0, 1, 2, 3, 4, 5, 61, 62])
@@ -265,7 +265,7 @@ def test_ties_go_to_the_lower_index():
 def test_automatic_choice_is_the_kernel():
     query, key = inputs(t=1000)
     (key_cmp,) = normal(1, (1, 61, 2, 128), dtype=jnp.bfloat16)
-    nsa_select = functools.partial(nsa.nsa_select_blocks, num_blocks=4)
+    nsa_select = functools.partial(nsa_selection.nsa_select_blocks, num_blocks=4)
     moba_select = functools.partial(moba_select_blocks, block_size=64, top_k=4)
     for select, arrays in ((nsa_select, (query, key_cmp)), (moba_select, (query, key))):
         assert calls_kernel(select, *arrays)
@@ -278,7 +278,7 @@ def test_unseen_memory_does_not_matter():
     (key_cmp,) = normal(1, (1, num_windows(3000, 32, 16), 2, 128))
     key_cmp = key_cmp.astype(jnp.bfloat16)
     select = functools.partial(
-        nsa.nsa_select_blocks,
+        nsa_selection.nsa_select_blocks,
         segment_ids=documents(1000, 2000),
         implementation="triton",
         **SIZES,
@@ -299,7 +299,7 @@ def test_memory_is_bounded():
     t = 65536
     query = shape(1, t, 64, 128)
     key_cmp = shape(1, num_windows(t, 32, 16), 4, 128)
-    select = functools.partial(nsa.nsa_select_blocks, implementation="triton")
+    select = functools.partial(nsa_selection.nsa_select_blocks, implementation="triton")
     # Beside the scores of a chunk there are the log-sum-exp and the lists.
     allowed = kernel.SCORE_BYTES + 3 * 4 * t * 64
     assert temporary_bytes(select, query, key_cmp) <= allowed
@@ -318,7 +318,7 @@ def test_more_than_2_to_the_31_elements():
     assert query.size > 2**31
     shape = (1, num_windows(t, 32, 16), 4, 256)
     key_cmp = jax.random.normal(keys[1], shape, jnp.bfloat16)
-    select = functools.partial(nsa.nsa_select_blocks, length=t, **SIZES)
+    select = functools.partial(nsa_selection.nsa_select_blocks, length=t, **SIZES)
     actual = jax.jit(functools.partial(select, implementation="triton"))(query, key_cmp)
     # Queries may be the last of the keys: only those are compared.
     query = query[:, -last:]

@@ -22,14 +22,22 @@ ROUNDING = {jnp.bfloat16: 1e-3, jnp.float32: 1e-5}
 # The shapes of an operation's arrays [B, T, .., width] after these two axes: queries,
 # then keys and values.
 HEADS = (4, WIDTH), (2, WIDTH), (2, WIDTH)
+
+
+def native_sparse(*arrays):
+    """Native sparse attention whose gates are all alike."""
+    gates = jnp.full((*arrays[0].shape[:3], 3), 0.4)
+    return nsa.native_sparse(*arrays, gates)
+
+
 OPERATIONS = {
     "dense": (functools.partial(jattn.dense_attention, window=300), HEADS),
     "native sparse": (
-        lambda *x: nsa.native_sparse(*x, jnp.full((*x[0].shape[:3], 3), 0.4)),
+        native_sparse,
         (*HEADS, *HEADS[1:], *HEADS[1:]),
     ),
     "native sparse, large groups": (
-        lambda *x: nsa.native_sparse(*x, jnp.full((*x[0].shape[:3], 3), 0.4)),
+        native_sparse,
         ((16, 128), *[(1, 128)] * 6),
     ),
     "mixture of blocks": (
@@ -88,16 +96,25 @@ def test_slices_that_are_updated_are_copies():
     np.testing.assert_array_equal(actual, expected)
 
 
-@pytest.mark.parametrize("name", OPERATIONS)
-def test_operations_map(name):
-    operation, shapes = OPERATIONS[name]
-    dtype = jnp.float32 if "fp32" in name else jnp.bfloat16
-    arrays = normal(0, *[(3, 1, T, *shape) for shape in shapes], dtype=dtype)
+def dtype_of(name):
+    return jnp.float32 if "fp32" in name else jnp.bfloat16
+
+
+def gradients_of(operation):
+    """A function of arrays: the operation's output and gradients."""
 
     def gradients(*arrays):
         out, pullback = jax.vjp(operation, *arrays)
         return out, *pullback(jnp.cos(out))
 
+    return gradients
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_operations_map(name):
+    operation, shapes = OPERATIONS[name]
+    dtype, gradients = dtype_of(name), gradients_of(operation)
+    arrays = normal(0, *[(3, 1, T, *shape) for shape in shapes], dtype=dtype)
     actual = jax.jit(jax.vmap(gradients))(*arrays)
     one_by_one = jax.jit(gradients)
     for i in range(3):
@@ -110,18 +127,14 @@ def test_operations_map(name):
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_operations_shard(name):
     operation, shapes = OPERATIONS[name]
-    arrays = normal(0, *[(2, T, *shape) for shape in shapes], dtype=jnp.bfloat16)
-
-    def gradients(*arrays):
-        out, pullback = jax.vjp(operation, *arrays)
-        return out, *pullback(jnp.cos(out))
-
+    dtype, gradients = dtype_of(name), gradients_of(operation)
+    arrays = normal(0, *[(2, T, *shape) for shape in shapes], dtype=dtype)
     mesh = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,))
     spec = PartitionSpec("data")
     sharded = jax.shard_map(gradients, mesh=mesh, in_specs=spec, out_specs=spec)
     expected = jax.jit(gradients)(*arrays)
     for x, y in zip(jax.jit(sharded)(*arrays), expected, strict=True):
-        assert relative_rms(x, y) <= ROUNDING[jnp.bfloat16]
+        assert relative_rms(x, y) <= ROUNDING[dtype]
 
 
 def test_budgets_map():

@@ -15,8 +15,8 @@ import jattn.pallas
 from jattn.ops.block_sparse import block_sparse_attention
 from jattn.ops.dense import dense_attention
 from jattn.ops.moba import moba_select_blocks
-from jattn.ops.nsa import nsa_select_blocks
 from jattn.ops.nsa_decode import cached_attention
+from jattn.ops.nsa_selection import nsa_select_blocks
 from jattn.ops.selective import selective_attention
 from jattn.ops.selective_decode import cached_selective_attention
 from jattn.ops.simplicial import two_simplicial_attention

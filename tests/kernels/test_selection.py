@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.ops import nsa
+from jattn.ops import nsa_selection
 from jattn.ops._common import document_starts
 from jattn.ops.compressed import compressed_attention, nsa_windows
 from jattn.ops.moba import mixture_of_block_attention, moba_select_blocks
@@ -92,7 +92,9 @@ def nsa_kernel(query, key_cmp, lse, *, segment_ids, **options):
 
 
 def nsa_xla(query, key_cmp, options):
-    select = functools.partial(nsa.nsa_select_blocks, implementation="xla", **options)
+    select = functools.partial(
+        nsa_selection.nsa_select_blocks, implementation="xla", **options
+    )
     return jax.jit(select)(query, key_cmp)
 
 
@@ -300,7 +302,9 @@ def test_the_operations_run_it_on_request(monkeypatch):
     (key,) = normal(1, (1, 120, 2, 16))
 
     def select_nsa():
-        return nsa.nsa_select_blocks(query, key_cmp, implementation="triton", **options)
+        return nsa_selection.nsa_select_blocks(
+            query, key_cmp, implementation="triton", **options
+        )
 
     def select_moba():
         return moba_select_blocks(
@@ -314,7 +318,7 @@ def test_the_operations_run_it_on_request(monkeypatch):
     expected = nsa_xla(query, key_cmp, options)
     np.testing.assert_array_equal(select_nsa(), expected)
     lse = log_sum_exp(query, key_cmp, options)
-    actual = nsa.select_blocks_by_lse(
+    actual = nsa_selection.select_blocks_by_lse(
         query, key_cmp, lse, scale=None, implementation=None, **options
     )
     np.testing.assert_array_equal(actual, expected)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from jattn.ops import nsa
+from jattn.ops import nsa_selection
 from jattn.pallas import _device, _mosaic, _triton, selection, tuning
 from jattn.pallas.selection import mosaic as kernel
 from jattn.pallas.selection import triton
@@ -129,7 +129,7 @@ def test_the_operation_runs_it_where_it_can(monkeypatch):
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
     lse = log_sum_exp(*wide(query, key_cmp), options)
     select = functools.partial(
-        nsa.select_blocks_by_lse, scale=None, implementation=None, **options
+        nsa_selection.select_blocks_by_lse, scale=None, implementation=None, **options
     )
     with tuning.force("selection_scores_mosaic", SMALL) as requests:
         actual = select(query, key_cmp, lse)
