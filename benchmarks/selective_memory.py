@@ -59,6 +59,7 @@ def recipe(
     text: tuple[str, ...] = (),
     tokenizer: str | None = None,
     layers: int = 6,
+    heads: int = 6,
     memory_loss_weight: float = 0.1,
     memory_loss_warmup: int = 0,
     memory_tau: float = 4.0,
@@ -67,7 +68,7 @@ def recipe(
 ) -> TrainConfig:
     """The selective run's configuration but for the folder.
 
-    Six heads of 64, whose queries and keys are normalised as in the paper.
+    Queries and keys are normalised as in the paper.
 
     Args:
       context: Tokens of a row; a batch has 65536.
@@ -75,6 +76,7 @@ def recipe(
         none.
       tokenizer: Its file; bytes are the tokens if None.
       layers: Of each of the two models.
+      heads: Likewise, of 64 each.
       memory_loss_weight: See `TrainConfig`.
       memory_loss_warmup: Likewise.
       memory_tau: See `jattn.train.SelectiveConfig`.
@@ -85,8 +87,8 @@ def recipe(
         model=ModelConfig(
             scheme="selective",
             num_layers=layers,
-            features=384,
-            num_heads=6,
+            features=64 * heads,
+            num_heads=heads,
             qk_norm=True,
             selective=SelectiveConfig(memory_tau=memory_tau),
         ),
@@ -209,6 +211,7 @@ def measure(
     return {
         "context": config.data.context_length,
         "layers": config.model.num_layers,
+        "heads": config.model.num_heads,
         **memory_loss,
         "seed": config.seed,
         "text": {
@@ -314,6 +317,7 @@ def main(
     text: tuple[str, ...] = (),
     vocabulary: int | None = None,
     layers: int = 6,
+    heads: int = 6,
     memory_loss_weight: float = 0.1,
     memory_loss_warmup: int = 0,
     memory_tau: float = 4.0,
@@ -332,6 +336,7 @@ def main(
       vocabulary: Tokens of a byte-pair tokenizer that is trained first; bytes are the
         tokens if None.
       layers: Of each of the two models.
+      heads: Likewise, of 64 each.
       memory_loss_weight: Of the memory loss in the selective model's loss.
       memory_loss_warmup: Steps over which that weight grows.
       memory_tau: Selection from which that loss counts a key as forgotten.
@@ -344,7 +349,7 @@ def main(
       Exit code.
     """
     deadline = time.perf_counter() + seconds
-    folder = folder / f"{context}_{layers}_{seed}"
+    folder = folder / f"{context}_{layers}_{heads}_{seed}"
     tokenizer = None
     if vocabulary is not None:
         path = train_tokenizer(text, vocabulary, folder / "tokenizer.json")
@@ -354,6 +359,7 @@ def main(
         text=text,
         tokenizer=tokenizer,
         layers=layers,
+        heads=heads,
         memory_loss_weight=memory_loss_weight,
         memory_loss_warmup=memory_loss_warmup,
         memory_tau=memory_tau,
@@ -370,7 +376,9 @@ def main(
 
 def _key(found: dict[str, Any]) -> list[float]:
     memory_loss = ("memory_loss_weight", "memory_loss_warmup", "memory_tau")
-    return [found[name] for name in ("context", "layers", *memory_loss, "seed")]
+    return [
+        found[name] for name in ("context", "layers", "heads", *memory_loss, "seed")
+    ]
 
 
 if __name__ == "__main__":

@@ -187,8 +187,13 @@ def search_budgets(
 ) -> Iterator[Found]:
     """Lowers one budget after the other, each time where a token costs the least.
 
+    A lower budget makes the next token of any layer dearer, as a rule. So the layer
+    that was cheapest when it was last measured is measured again, and chosen if it
+    still is the cheapest: mostly, it is not the loss of all layers that is needed for a
+    step, but that of one or two. A layer that cannot be lowered is not tried again.
+
     Args:
-      losses: From budgets int32 [C, L] of C = L candidates to their losses [C].
+      losses: From budgets int32 [C, L] of C candidates to their losses [C].
       num_layers: Budgets L.
       context: Where all budgets begin.
       decrement: The least a budget is lowered by, down to MIN_BUDGET.
@@ -204,7 +209,7 @@ def search_budgets(
       UserError: The loss exceeds the limit with whole contexts.
     """
     budgets = np.full(num_layers, context, np.int32)
-    loss = float(losses(np.tile(budgets, (num_layers, 1)))[0])
+    loss = float(losses(budgets[None])[0])
     if not math.isfinite(loss):
         raise UserError(f"with its whole cache the run has a validation loss of {loss}")
     limit = loss + slack if limit is None else limit
@@ -213,27 +218,38 @@ def search_budgets(
             f"with its whole cache the run has a validation loss of {loss:.4f}, which "
             f"is not within the limit of {limit:.4f}; allow more by --slack"
         )
-    lowered = None
+    yield Found(None, budgets, loss, limit)
     fractions = np.full(num_layers, fraction)
+    # What a token less of each layer costs and the loss without them, when last
+    # measured, and whether that was with these budgets.
+    costs = np.full(num_layers, -np.inf)
+    lowered_losses = np.full(num_layers, loss)
+    current = np.zeros(num_layers, bool)
     while True:
-        yield Found(lowered, budgets, loss, limit)
-        while True:
-            less = np.maximum(decrement, (fractions * budgets).astype(np.int32))
-            lower = np.maximum(budgets - less, min(MIN_BUDGET, context))
-            # Candidate c lowers budget c only.
-            candidates = np.where(np.eye(num_layers, dtype=bool), lower, budgets)
-            found = losses(candidates)
-            allowed = (lower < budgets) & (found <= limit)
-            # Less of a layer may be cheaper than anything that the others can give up.
-            too_much = ~allowed & (less > decrement)
-            if not np.any(too_much):
-                break
-            fractions = np.where(too_much, fractions / 2, fractions)
-        if not np.any(allowed):
+        layer = int(np.argmin(costs))
+        if costs[layer] == np.inf:
             return
-        cost = (found - loss) / np.maximum(budgets - lower, 1)
-        lowered = int(np.argmin(np.where(allowed, cost, np.inf)))
-        budgets, loss = candidates[lowered], float(found[lowered])
+        less = max(decrement, int(fractions[layer] * budgets[layer]))
+        lowered = budgets.copy()
+        lowered[layer] = max(budgets[layer] - less, min(MIN_BUDGET, context))
+        if current[layer]:
+            budgets, loss = lowered, float(lowered_losses[layer])
+            current[:] = False
+            yield Found(layer, budgets, loss, limit)
+        elif lowered[layer] == budgets[layer]:
+            costs[layer] = np.inf
+        else:
+            lowered_losses[layer] = losses(lowered[None])[0]
+            current[layer] = lowered_losses[layer] <= limit
+            if current[layer]:
+                tokens = budgets[layer] - lowered[layer]
+                costs[layer] = (lowered_losses[layer] - loss) / tokens
+            elif less > decrement:
+                # Less of a layer may be cheaper than what the others can give up.
+                fractions[layer] /= 2
+                costs[layer] = -np.inf
+            else:
+                costs[layer] = np.inf
 
 
 def make_budget_evaluator(

@@ -87,17 +87,17 @@ def slow_search(loss, layers, context, decrement, limit):
     budgets = [context] * layers
     path = [tuple(budgets)]
     while True:
-        best = None
+        candidates = []
         for layer in range(layers):
             candidate = list(budgets)
             candidate[layer] = max(2, budgets[layer] - decrement)
-            if candidate == budgets:
-                continue
-            if best is None or loss(candidate) < loss(best):
-                best = candidate
-        if best is None or loss(best) > limit:
+            if candidate != budgets:
+                tokens = budgets[layer] - candidate[layer]
+                cost = (loss(candidate) - loss(budgets)) / tokens
+                candidates.append((cost, layer, candidate))
+        if not candidates or loss(min(candidates)[2]) > limit:
             return path
-        budgets = best
+        budgets = min(candidates)[2]
         path.append(tuple(budgets))
 
 
@@ -106,35 +106,36 @@ def slow_search(loss, layers, context, decrement, limit):
     [
         ((1.0, 5.0, 0.2), 4, 1.0),
         ((1.0, 1.0, 1.0), 4, 0.5),  # ties: the first layer
-        ((0.0, 0.0, 1.0), 7, 0.0),  # 30 is no multiple of 7
+        ((0.0, 0.0, 1.0), 7, 0.0),  # 32 is no multiple of 7
         ((1.0, 2.0, 3.0), 4, 1e9),  # down to the end
     ],
 )
 def test_the_search_is_greedy(weights, decrement, slack):
     def loss(budgets):
-        dropped = 1 - np.asarray(budgets, np.float64) / 30
+        dropped = 1 - np.asarray(budgets, np.float64) / 32
         return float(np.sum(np.asarray(weights) * dropped**2))
 
     seen = []
 
     def losses(candidates):
         seen.append(candidates)
-        assert candidates.shape == (3, 3)
+        assert candidates.shape == (1, 3)
         return np.array([loss(candidate) for candidate in candidates])
 
     found = list(
         search_budgets(
             losses,
             num_layers=3,
-            context=30,
+            context=32,
             decrement=decrement,
             limit=None,
             slack=slack,
         )
     )
     path = [tuple(int(k) for k in state.budgets) for state in found]
-    assert path == slow_search(loss, 3, 30, decrement, slack)
-    assert len(seen) == len(found) + 1
+    assert path == slow_search(loss, 3, 32, decrement, slack)
+    # Of three layers, often one has to be measured, and at most all.
+    assert len(seen) <= 2.2 * len(found) + 3
     assert [state.loss for state in found] == [loss(budgets) for budgets in path]
     assert found[0].lowered is None
     for before, after in itertools.pairwise(found):
