@@ -16,7 +16,6 @@ from benchmarks.dense import attention_flops, causal_pairs, cudnn, normal
 from benchmarks.measure import Case
 from benchmarks.ops import Tuning
 from jattn.pallas.selective import mosaic, mosaic_key_gradient, mosaic_query_gradient
-from jattn.pallas.selective.triton import skipped_tiles
 from jattn.pallas.selective.work import Tiling
 
 # Far below what bf16 can tell apart.
@@ -158,12 +157,3 @@ def cases(
         "jattn, skipping": case(skipping, arrays),
         "cudnn": cudnn(*arrays),
     }
-
-
-def skipped_share(
-    *, batch: int, length: int, heads: int, kv_heads: int, width: int
-) -> float:
-    """The share of the causal tiles of 128 queries and 64 keys that is skipped."""
-    query, key = normal((batch, length, heads, width), (batch, length, kv_heads, width))
-    skipped, causal = skipped_tiles(query, key, None, width**-0.5, SKIP_ERROR, 64)
-    return float(skipped / causal)

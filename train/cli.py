@@ -300,6 +300,12 @@ def _evaluate(config: EvalConfig) -> None:
     )
     if "selective_memory" in found.auxiliary:
         print(_memory(run, found))
+    if "selective_skipped" in found.auxiliary:
+        skipped = found.auxiliary["selective_skipped"]
+        print(
+            f"selective layers: {skipped:.1%} of the tiles of queries and keys "
+            f"skipped, with a skip_error of {run.config.model.selective.skip_error:g}"
+        )
     kept = read_budgets(config.run, run.step)
     if kept is not None:
         print(

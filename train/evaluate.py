@@ -26,8 +26,8 @@ class Evaluation(NamedTuple):
       loss: Nats per measured token.
       bits_per_byte: Of the text those tokens stand for.
       tokens: How many tokens were measured.
-      auxiliary: What the model adds to its loss, by name: means over layers and over
-        rows that hold text.
+      auxiliary: What the model sows, its additions to the loss and its metrics, by
+        name: means over layers and over rows that hold text.
     """
 
     loss: float
@@ -48,7 +48,7 @@ def summarize(sums: Sums, auxiliary: Mapping[str, float]) -> Evaluation:
 
 
 class _Totals(NamedTuple):
-    """Of some rows: what was measured, auxiliary losses times rows, rows with text."""
+    """Of some rows: what was measured, what was sown times rows, rows with text."""
 
     sums: Sums
     auxiliary: dict[str, Any]
@@ -80,7 +80,9 @@ def make_evaluator(
         )
 
         def part_totals(part):
-            sums, auxiliary = measure(model, params, part, masked=masked)
+            sums, auxiliary = measure(
+                model, params, part, masked=masked, collections=("losses", "metrics")
+            )
             rows = jnp.sum(jnp.any(part.segment_ids != PADDING_SEGMENT, axis=1))
             return _Totals(sums, {k: v * rows for k, v in auxiliary.items()}, rows)
 

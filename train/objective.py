@@ -1,6 +1,6 @@
 """What is minimised: cross-entropy of the next token, or of masked tokens."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -90,6 +90,7 @@ def measure(
     *,
     masked: bool = False,
     variables: Mapping[str, Any] = MappingProxyType({}),
+    collections: Sequence[str] = ("losses",),
 ) -> tuple[Sums, dict[str, jax.Array]]:
     """Runs the model.
 
@@ -101,16 +102,18 @@ def measure(
         them.
       variables: Collections the model has besides its parameters, such as those of
         `jattn.models.DecoderLM.budget_variables`.
+      collections: Where the model sows what is wanted: "losses" that belong to what is
+        minimised, "metrics" that do not.
 
     Returns:
-      The totals, and the auxiliary losses the model sows, averaged over layers.
+      The totals, and by name what the model sows, averaged over layers.
     """
     logits, sown = model.apply(
         {"params": params, **variables},
         examples.inputs,
         segment_ids=examples.segment_ids,
         method="__call__" if masked else "score",
-        mutable=["losses"],
+        mutable=list(collections),
     )
     nats = optax.softmax_cross_entropy_with_integer_labels(
         logits.astype(jnp.float32), examples.targets
@@ -122,7 +125,7 @@ def measure(
         tokens=jnp.sum(examples.weights),
         num_bytes=jnp.sum(examples.weights * examples.num_bytes),
     )
-    return sums, _mean_by_name(sown.get("losses", {}))
+    return sums, _mean_by_name(sown)
 
 
 def _mean_by_name(sown: Any) -> dict[str, jax.Array]:

@@ -12,7 +12,12 @@ from jattn.nn import cache as caches
 from jattn.nn.projection import from_heads, to_heads
 from jattn.nn.rope import rope
 from jattn.ops import _common
-from jattn.ops.selective import check_budget, check_skip_error, selective_attention
+from jattn.ops.selective import (
+    check_budget,
+    check_skip_error,
+    selective_attention,
+    selective_skipped,
+)
 from jattn.ops.selective_decode import (
     cached_selective_attention,
     prefill_selective_attention,
@@ -190,8 +195,8 @@ class SelectiveAttention(nn.Module):
         return None if self.budget is None else check_budget(self.budget)
 
     def _attend(self, query, key, value, budget, segment_ids):
-        """Attention within the call; sows the memory loss where it is collected."""
-        collect = self.is_mutable_collection("losses") and not self.is_initializing()
+        """Attention within the call; sows what is collected of it."""
+        collect = self._collects("losses")
         memory_tau = self.memory_tau if collect else None
         if self.has_variable("budgets", "budget"):
             budget = self.get_variable("budgets", "budget")
@@ -205,10 +210,22 @@ class SelectiveAttention(nn.Module):
             segment_ids=segment_ids,
             implementation=self.implementation,
         )
+        if self.skip_error and self._collects("metrics"):
+            skipped = selective_skipped(
+                query,
+                key,
+                skip_error=self.skip_error,
+                segment_ids=segment_ids,
+                implementation=self.implementation,
+            )
+            self.sow("metrics", "selective_skipped", skipped)
         out, memory = out if collect else (out, None)
         if memory is not None:
             self.sow("losses", "selective_memory", self._loss(memory, segment_ids))
         return out
+
+    def _collects(self, collection):
+        return self.is_mutable_collection(collection) and not self.is_initializing()
 
     def _loss(self, memory, segment_ids):
         """The memory loss of M [B, T]: ``max_i M_i / n``, mean over rows with text."""

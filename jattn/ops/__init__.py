@@ -26,6 +26,7 @@ from jattn.ops.selective import (
     selective_attention,
     selective_eviction,
     selective_memory,
+    selective_skipped,
 )
 from jattn.ops.selective_sharded import (
     selective_attention_over_heads,
@@ -55,5 +56,6 @@ __all__ = [
     "selective_attention_over_sequence",
     "selective_eviction",
     "selective_memory",
+    "selective_skipped",
     "two_simplicial_attention",
 ]

@@ -13,6 +13,9 @@ import jax.numpy as jnp
 from jattn.ops import _common
 from jattn.pallas import selective as kernels
 
+# Keys of a tile whose skipping `selective_skipped` counts.
+SKIPPED_KEYS = 64
+
 
 def selection_mask(
     query: jax.Array,
@@ -217,6 +220,57 @@ def selective_eviction(
     budget = _usable_budget(budget)
     positions = _token_positions(b, t, t, segment_ids)
     return _evict(_never(mask), mask, budget, **positions)
+
+
+def selective_skipped(
+    query: jax.Array,
+    key: jax.Array,
+    *,
+    skip_error: float,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    implementation: _common.Implementation | None = None,
+) -> jax.Array:
+    """What part of its tiles `selective_attention` skips for a skip_error.
+
+    A tile is 128 queries times 64 keys. Those that are visible at least in part count.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, T, K, H].
+      skip_error: See `selective_attention`.
+      scale: Factor of the logits; H ** -0.5 if None.
+      segment_ids: int [B, T], the document each token belongs to.
+      implementation: See `selective_attention`; only kernels skip.
+
+    Returns:
+      fp32 scalar from 0 to 1.
+
+    Raises:
+      ValueError: Shapes or dtypes do not fit, T < S, or skip_error is out of range.
+      NotImplementedError: The requested implementation does not support the call.
+    """
+    sizes = _common.check_attention(query, key, key, segment_ids)
+    if sizes["T"] < sizes["S"]:
+        raise ValueError(
+            "the queries of all keys are needed, since each may have selected; got "
+            f"T={sizes['T']}, S={sizes['S']}"
+        )
+    check_skip_error(skip_error)
+    scale = _common.default_scale(scale, sizes["H"])
+    unsupported = kernels.unsupported(query, key, key, scale=scale, budget=None)
+    chosen = _common.choose_implementation(
+        "selective_skipped", implementation, [("triton", unsupported)]
+    )
+    if chosen != "triton" or not skip_error:
+        return jnp.zeros((), jnp.float32)
+    # Triton is an optional dependency.
+    from jattn.pallas.selective import triton as kernel
+
+    skipped, visible = kernel.skipped_tiles(
+        query, key, segment_ids, scale, float(skip_error), SKIPPED_KEYS
+    )
+    return skipped / visible
 
 
 def attend_positions(

@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks.selective import skipped_share
+from benchmarks.selective import SKIP_ERROR
 from jattn.nn import SelectiveAttention
-from jattn.ops.selective import selective_attention
+from jattn.ops.selective import selective_attention, selective_skipped
 from jattn.ops.selective_decode import (
     cached_selective_attention,
     prefill_selective_attention,
@@ -443,8 +443,8 @@ def test_prefill_skips_within_its_error():
 
 
 def test_the_benchmarks_inputs_skip_three_quarters():
-    sizes = dict(batch=1, length=4096, heads=16, kv_heads=16, width=64)
-    assert skipped_share(**sizes) > 0.75
+    query, key = normal(0, *[(1, 4096, 16, 64)] * 2)
+    assert selective_skipped(query, key, skip_error=SKIP_ERROR) > 0.75
 
 
 def test_skipped_values_are_not_read():

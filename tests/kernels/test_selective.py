@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jattn.ops import selective
 from jattn.ops._common import document_starts
 from jattn.ops.selective import (
     selection_mask,
     selective_attention,
     selective_eviction,
+    selective_skipped,
 )
 from jattn.pallas import _triton
 from jattn.pallas.selective import (
@@ -268,6 +270,42 @@ def test_skipping_stays_within_its_error(monkeypatch, packed):
     assert np.all(skipping[1] >= plain[1] + np.log1p(-error))
     for x, y in zip(skipping, plain, strict=True):
         assert_equal_up_to_rounding(x, y, 5 * error)
+
+
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_part_of_tiles_skipped(monkeypatch, packed):
+    t, keys, error = 110, 16, 1e-2  # blocks of 32 queries
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    monkeypatch.setattr(selective, "SKIPPED_KEYS", keys)
+    query, key, *_ = selecting(t)
+    segment_ids = documents(80, 30) if packed else None
+    arguments = dict(skip_error=error, scale=0.25, segment_ids=segment_ids)
+    found = selective_skipped(query, key, **arguments)
+
+    [mask] = np.asarray(
+        selection_mask(
+            query, key, scale=0.25, segment_ids=segment_ids, implementation="xla"
+        )
+    )
+    longest = [np.max(np.linalg.norm(np.asarray(x), axis=-1)) for x in (query, key)]
+    least = 2 * 0.25 * np.prod(longest) + np.log(t / error)
+    skipped = visible = 0
+    for i in range(0, t, 32):
+        for j in range(0, min(i + 32, t), keys):
+            ended = packed and i >= 80 and j + keys <= 80
+            visible += not ended
+            skipped += (
+                not ended and j + keys <= i and np.all(mask[i, j:][:keys] > least)
+            )
+    assert 0.1 < skipped / visible < 0.9
+    assert found == pytest.approx(skipped / visible)
+    assert selective_skipped(query, key, **arguments | {"skip_error": 0.0}) == 0
+    assert selective_skipped(query, key, **arguments, implementation="xla") == 0
+    with pytest.raises(ValueError, match="got T=109, S=110"):
+        selective_skipped(query[:, 1:], key, skip_error=error)
+    with pytest.raises(ValueError, match="skip_error must be at least 0 and below 1"):
+        selective_skipped(query, key, skip_error=1.0)
 
 
 @pytest.mark.usefixtures("small_tiles")

@@ -197,6 +197,31 @@ def test_the_memory_loss_is_sown_for_whom_it_trains():
         np.testing.assert_array_equal(kernel, 0)
 
 
+def test_what_is_skipped_is_sown_for_whom_it_asks(monkeypatch):
+    seen = []
+
+    def skipped(query, key, **arguments):
+        seen.append((query.shape, key.shape, arguments))
+        return 0.25
+
+    monkeypatch.setattr("jattn.nn.selective.selective_skipped", skipped)
+    mixer = make(num_heads=4, num_kv_heads=2, skip_error=0.1)
+    x, params = initialised(mixer)
+    segments = documents(4, 9, batch=2)
+    assert not seen
+    options = dict(segment_ids=segments, mutable=["metrics"])
+    _, state = mixer.apply(params, x, **options)
+    assert state["metrics"] == {"selective_skipped": (0.25,)}
+    [(query_shape, key_shape, arguments)] = seen
+    assert (query_shape[:3], key_shape[:3]) == ((2, 13, 4), (2, 13, 2))
+    assert arguments == dict(
+        skip_error=0.1, segment_ids=segments, implementation=mixer.implementation
+    )
+    _, state = make(num_heads=4, num_kv_heads=2).apply(params, x, **options)
+    assert not state
+    assert len(seen) == 1
+
+
 def slow_memory_loss(query, key, segments, tau):
     """``max_i M_i / n`` of each row with its n tokens that are not in segment 0.
 

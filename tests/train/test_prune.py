@@ -51,6 +51,12 @@ def selective(path, **fields):
     return runs.config(path, **fields)
 
 
+def with_skip_error(config, skip_error):
+    options = dataclasses.replace(config.model.selective, skip_error=skip_error)
+    model = dataclasses.replace(config.model, selective=options)
+    return dataclasses.replace(config, model=model)
+
+
 @pytest.fixture(scope="module")
 def trained(path, tmp_path_factory):
     out = str(tmp_path_factory.mktemp("trained") / "run")
@@ -345,6 +351,23 @@ def test_the_command_line(run, capsys):
     )
     assert len(whole) == 2
     assert same == unpruned
+
+
+def test_what_kernels_skip_is_reported(run, capsys, monkeypatch):
+    loaded = load_run(run)
+    skipping = with_skip_error(loaded.config, 0.1)
+    model = build_model(skipping, loaded.tokenizer.vocab_size)
+    loaded = dataclasses.replace(loaded, config=skipping, model=model)
+    monkeypatch.setattr(cli, "load_run", lambda *_: loaded)
+    shares = itertools.cycle([0.25, 0.5])
+    monkeypatch.setattr(
+        "jattn.nn.selective.selective_skipped", lambda *_, **__: next(shares)
+    )
+    assert cli.main(["eval", run]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "selective layers: 37.5% of the tiles of queries and keys skipped, with a "
+        "skip_error of 0.1"
+    )
 
 
 # What is refused.
