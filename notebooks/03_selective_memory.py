@@ -16,11 +16,11 @@
 # %% [markdown]
 # # How much memory Selective Attention needs
 #
-# Two models of 12 million parameters read the Python source of ten packages, in
-# contexts of 512 and of 1024 tokens of a byte-pair tokenizer. One attends densely. The
-# other is selective: it learns what it may forget, and the memory loss makes it forget
-# much. Then `jattn prune` lowers the budget of each of its layers as far as it keeps
-# the validation loss of the dense model.
+# Two models of more than 10 million parameters read the Python source of ten packages,
+# in contexts of 512 and of 1024 tokens of a byte-pair tokenizer. One attends densely.
+# The other is selective: it learns what it may forget, and the memory loss makes it
+# forget much. Then `jattn prune` lowers the budget of each of its layers as far as it
+# keeps the validation loss of the dense model.
 #
 # The runs took minutes on one GPU. This notebook shows what they left in a file of
 # results, which `python -m benchmarks.selective_memory` makes:
@@ -29,6 +29,8 @@
 # python -m benchmarks.selective_memory --context 512 --vocabulary 4096 \
 #     --text torch.txt sympy.txt ... --memory-loss-weight 0.1 --out FILE
 # ```
+#
+# with the layers, heads, weights and seeds below.
 
 # %%
 import json
@@ -45,15 +47,25 @@ path = (
 )
 results = json.loads(path.read_text())
 print(results["device"], "jax", results["versions"]["jax"])
+
+
+def name(result):
+    return f"{result['context']} tokens, seed {result['seed']}"
+
+
 for result in results["results"]:
     dense, selective, pruned = (
-        result["measured"][name] for name in ("dense", "selective", "pruned")
+        result["measured"][model] for model in ("dense", "selective", "pruned")
     )
     print(
-        f"{result['context']} tokens, seed {result['seed']}: validation loss "
-        f"{dense['loss']:.4f} dense, {selective['loss']:.4f} selective, "
-        f"{pruned['loss']:.4f} with {dense['cache_bytes'] / pruned['cache_bytes']:.1f} "
-        "times less cache"
+        f"{name(result)}: validation loss {dense['loss']:.4f} dense, "
+        f"{selective['loss']:.4f} selective, {pruned['loss']:.4f} with "
+        f"{dense['cache_bytes'] / pruned['cache_bytes']:.1f} times less cache"
+    )
+    print(
+        f"    {result['runs']['dense']['parameters']:,} parameters, {result['layers']} "
+        f"layers of {result['heads']} heads, memory loss times "
+        f"{result['memory_loss_weight']:g} from step {result['memory_loss_warmup']} on"
     )
 
 # %% [markdown]
@@ -63,22 +75,25 @@ for result in results["results"]:
 
 
 # %%
-def curve(rows, name):
-    found = [(row["step"], row[name]) for row in rows if name in row]
+def curve(rows, number):
+    found = [(row["step"], row[number]) for row in rows if number in row]
     return zip(*found, strict=True)
 
 
-figure, axes = plt.subplots(1, 2, figsize=(9, 3.5), sharey=True)
-for ax, result in zip(axes, results["results"], strict=True):
+count = len(results["results"])
+figure, axes = plt.subplots(
+    1, count, figsize=(4.5 * count, 3.5), sharey=True, squeeze=False
+)
+for ax, result in zip(axes[0], results["results"], strict=True):
     for scheme, color in (("dense", "C0"), ("selective", "C1")):
         rows = result["runs"][scheme]["rows"]
         ax.plot(*curve(rows, "loss"), color=color, alpha=0.3)
         ax.plot(*curve(rows, "validation_loss"), color=color, marker=".", label=scheme)
-    ax.set_title(f"{result['context']} tokens")
+    ax.set_title(name(result))
     ax.set_xlabel("step")
     ax.set_ylim(top=4)
-axes[0].set_ylabel("nats per token (pale: training)")
-axes[0].legend()
+axes[0, 0].set_ylabel("nats per token (pale: training)")
+axes[0, 0].legend()
 
 # %% [markdown]
 # The part of the keys that the memory loss counts as needed, while the model learns:
@@ -87,7 +102,7 @@ axes[0].legend()
 figure, ax = plt.subplots(figsize=(6, 3.5))
 for result in results["results"]:
     rows = result["runs"]["selective"]["rows"]
-    ax.plot(*curve(rows, "selective_memory"), label=f"{result['context']} tokens")
+    ax.plot(*curve(rows, "selective_memory"), label=name(result))
 ax.set_xlabel("step")
 ax.set_ylabel("memory term")
 ax.set_ylim(bottom=0)
@@ -95,8 +110,7 @@ ax.legend()
 
 # %% [markdown]
 # The search lowers one budget after the other, where a token costs the least loss. In
-# the end one or two layers of six keep much of the context, and the others nearly
-# nothing.
+# the end one or two layers keep much of the context, and the others nearly nothing.
 
 # %%
 figure, ax = plt.subplots(figsize=(6, 3.5))
@@ -104,10 +118,10 @@ for result in results["results"]:
     steps = result["search"]["steps"]
     times = [step["unpruned_bytes"] / step["cache_bytes"] for step in steps]
     (line,) = ax.plot(times, [step["loss"] for step in steps], marker=".")
-    line.set_label(f"{result['context']} tokens")
+    line.set_label(name(result))
     ax.axhline(steps[-1]["limit"], color=line.get_color(), linestyle="--")
     chosen = steps[result["search"]["chosen"]]
-    print(f"{result['context']} tokens: budgets {chosen['budgets']}")
+    print(f"{name(result)}: budgets {chosen['budgets']}")
 ax.set_xscale("log")
 ax.set_xlabel("times less cache")
 ax.set_ylabel("validation loss (dashed: to be kept)")
