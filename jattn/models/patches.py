@@ -190,12 +190,26 @@ class CrossPatchAttention(nn.Module):
         cache: CrossPatchCache | None = None,
         lengths: jax.Array | None = None,
     ) -> Any:
-        """Mixes x [B, T, features]; arguments and result as of `DenseAttention`."""
+        """Mixes x [B, T, features]; arguments and result as of `DenseAttention`.
+
+        Raises:
+          ValueError: As there, or overlap is not 1 to patch_size.
+        """
         caches.check_call(segment_ids, cache, lengths)
-        b, t, features = x.shape
+        features = caches.check_input(self, x, segment_ids)
+        _common.positive_integers(patch_size=self.patch_size, overlap=self.overlap)
+        if self.overlap > self.patch_size:
+            raise ValueError(
+                f"overlap may be at most patch_size={self.patch_size}; got "
+                f"{self.overlap}"
+            )
         kv_heads = self.num_kv_heads or self.num_heads
         _common.group_size(self.num_heads, kv_heads)
         _common.choose_implementation("CrossPatchAttention", self.implementation)
+        # Any number of tokens fits into a cache that holds the last ones.
+        x, _, lengths = caches.place_tokens(
+            self, x, cache, lengths, lambda _: x.shape[1]
+        )
 
         # query [B, T, N, H], key and value [B, T, K, H]
         query = to_heads(self, "query", x, self.num_heads, self.head_dim)
@@ -204,7 +218,6 @@ class CrossPatchAttention(nn.Module):
         if cache is None:
             out = self._parallel(query, key, value, segment_ids)
         else:
-            lengths = caches.all_real(lengths, b, t)
             out, cache = self._cached(query, key, value, cache, lengths)
         out = from_heads(self, out, features)
         return out if cache is None else (out, cache)
