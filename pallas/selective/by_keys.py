@@ -49,29 +49,29 @@ def key_gradients(work: Work, carries, cotangents: Cotangents, memory_gradient):
     if work.mosaic:
         prepare = _mosaic_key_gradients
         tiling = _mosaic_key_tiling(work)
-        members, keeping = tiling.members, shared.MOSAIC_KEEPING_HEADS
-        has_sums = tiling.ahead
+        parts = work.heads // tiling.members
     else:
         prepare = _triton_key_gradients
         tiling = work.tiling("key_gradient")
         members = math.gcd(work.heads // work.kv_heads, tiling.heads)
-        keeping, has_sums = shared.KEEPING_HEADS, False
-    parts = work.heads // members if members >= keeping else 0
+        parts = work.heads // members if members >= shared.KEEPING_HEADS else 0
     if parts:
         # What one kernel has left out, the other does not read.
         mask_tiling = dataclasses.replace(mask_tiling, keys=tiling.keys)
     # What was kept with its sums is read once.
-    once = parts > 0 and has_sums and memory_gradient is None
+    once = work.mosaic and memory_gradient is None
     # Of each key: F, the parts of the gradient of the logits and, unless they are read
     # once, their sum; and the gradient of the selecting head's products.
     narrow = work.query.dtype.itemsize
-    size = 4 + (parts + 1) * narrow if once else 4 * (2 + parts) + narrow
+    size = 4 + parts * (narrow if work.mosaic else 4) + narrow
+    if not once:
+        size += 4
     size *= work.batch * work.rows
     chunks, chunk = chunks_of(work.columns, size, shared.GRADIENT_BYTES)
     columns = chunks * chunk
     dead_blocks = work.dead_blocks(carries)
     ends = work.ends(carries, tiling.keys, columns)
-    attend = prepare(work, ends, cotangents, chunk, columns, tiling, parts > 0)
+    attend = prepare(work, ends, cotangents, chunk, columns, tiling)
     if once:
         select = functools.partial(
             _selection_from_kept,
@@ -120,13 +120,14 @@ def key_gradients(work: Work, carries, cotangents: Cotangents, memory_gradient):
     return selecting[:, : work.queries], *gradients, mask_gradient
 
 
-def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling, keep):
+def _triton_key_gradients(work: Work, ends, cotangents, chunk, columns, tiling):
     """How to get gradients from F and the region of a chunk of keys.
 
     Those of key and value for a given F, [B, CHUNK, K, ..] in fp32; and if they are
     to be kept that of the logits, in parts of the heads.
     """
     members = math.gcd(work.heads // work.kv_heads, tiling.heads)
+    keep = members >= shared.KEEPING_HEADS
     parts = work.heads // members
     tiles = parts * (chunk // tiling.keys)
     slices = triton.cdiv(PROGRAMS, work.batch * tiles)
@@ -186,8 +187,8 @@ def _mosaic_key_tiling(work: Work):
     )
 
 
-def _mosaic_key_gradients(work: Work, ends, cotangents, _, columns, tiling, keep):
-    """What _triton_key_gradients gives."""
+def _mosaic_key_gradients(work: Work, ends, cotangents, _, columns, tiling):
+    """What _triton_key_gradients gives, and the sums of what is kept."""
     query, out_gradient = (
         _mosaic.padded(x, 1, work.rows) for x in (work.query, cotangents.out_gradient)
     )
@@ -207,7 +208,6 @@ def _mosaic_key_gradients(work: Work, ends, cotangents, _, columns, tiling, keep
             queries=work.queries,
             offset=work.offset,
             scale=work.scale,
-            keep=keep,
             tiling=tiling,
         )
         return *_added(work, key_gradient, value_gradient), *kept
@@ -344,21 +344,18 @@ def _selection_from_kept(
     mask, [B, chunk].
     """
     parts, sums = kept
-    steps = sums.shape[2]
-    tokens = work.rows // steps
-    # Those that were written, [B, steps, keys of a consumer].
-    first_key = region[1] + jnp.arange(0, chunk, mosaic_key_gradient.KEYS)
+    tokens = mosaic_key_gradient.STRIP
+    # Those that were written, [B, rows / tokens, tiles of keys].
+    first_key = region[1] + jnp.arange(0, chunk, end_keys)
     token = jnp.arange(0, work.rows, tokens)[:, None]
     last = jax.lax.dynamic_slice_in_dim(
         ends, region[1] // end_keys, chunk // end_keys, axis=1
     )
-    last = jnp.repeat(last, end_keys // mosaic_key_gradient.KEYS, axis=1)[:, None]
-    written = (first_key - work.offset < token + tokens) & (token < last)
-    written = jnp.repeat(written, mosaic_key_gradient.KEYS, axis=2)
-    sums = jnp.where(written, sums, 0)
+    written = (first_key - work.offset < token + tokens) & (token < last[:, None])
+    sums = jnp.where(jnp.repeat(written, end_keys, axis=2), sums, 0)
     strips = triton.cdiv(work.rows, STRIP)
     padding = [(0, 0)] * 4
-    padding[2] = (0, strips * STRIP // tokens - steps)
+    padding[2] = (0, strips * STRIP // tokens - token.size)
     sums = jnp.pad(sums, padding)
     sums = sums.reshape(*sums.shape[:2], strips, -1, chunk).sum(axis=(0, 3))
     until = jnp.cumsum(sums[:, ::-1], axis=1)[:, ::-1]

@@ -25,6 +25,10 @@ from jattn.pallas.selective.mosaic_key_items import Memory, Sizes, Unit
 BY_KEY = MATRIX.reduce(1)
 BY_ROW = MATRIX.reduce(0)
 
+# Columns that sums over tokens are kept in until the end of a strip, so that threads
+# add up theirs without each other.
+SUMMED = fragments.COLUMNS
+
 
 @dataclasses.dataclass(frozen=True)
 class Consumer:
@@ -42,9 +46,9 @@ class Consumer:
     memory: Memory
     sizes: Sizes
 
-    def run(self, key_target, value_target, *kept):
-        """Writes the gradients of key, value and logits there."""
-        gradients = self._add_up(kept)
+    def run(self, key_target, value_target, logits_target, sums_target):
+        """Writes the gradients of key, value and logits, and sums of these, there."""
+        gradients = self._add_up(logits_target, sums_target)
         unit = self.get_unit()
         keys = pl.ds(unit.tile_key + self.me * KEYS, KEYS)
         for i, (key_gradient, value_gradient) in enumerate(gradients):
@@ -56,7 +60,7 @@ class Consumer:
                 place = target.at[unit.slice, unit.batch, keys, part]
                 _mosaic.store(place, gradient.astype(target.dtype))
 
-    def _add_up(self, kept):
+    def _add_up(self, logits_target, sums_target):
         """Gradients of key, but for the factor scale, and value, for each kv head."""
         memory, sizes = self.memory, self.sizes
         slots, ahead = sizes.tiling.slots, sizes.tiling.ahead
@@ -81,13 +85,13 @@ class Consumer:
             plgpu.barrier_arrive(memory.empty.at[emptied])
 
         def skip(_, carry):
-            slot, *sums = carry
+            slot, *others = carry
             plgpu.barrier_wait(memory.full.at[slot])
             release(slot)
-            return _mosaic.following(slot, slots), *sums
+            return _mosaic.following(slot, slots), *others
 
         def step(i, carry, edge):
-            slot, gradients, pending = carry
+            slot, gradients, pending, sums = carry
             plgpu.barrier_wait(memory.full.at[slot])
             seen = self._seen(first_key, i) if edge else None
             if ahead:
@@ -99,9 +103,25 @@ class Consumer:
             else:
                 gradients, gradient = self._step(slot, gradients, seen)
                 release(slot)
-            if kept:
-                self._keep(unit, i, gradient, *kept)
-            return _mosaic.following(slot, slots), gradients, pending
+            self._keep(unit, i, gradient, logits_target)
+            sums += _folded([gradient], SUMMED)
+            return _mosaic.following(slot, slots), gradients, pending, sums
+
+        edge, plain = (functools.partial(step, edge=x) for x in (True, False))
+
+        def strip(i, carry):
+            begin = i * sizes.strip_tiles
+            end = jnp.minimum(begin + sizes.strip_tiles, unit.end)
+            carry = *carry, _mosaic.zeros((KEYS, SUMMED))
+            for until, body in ((unseen, skip), (whole, edge), (end, plain)):
+                until = jnp.clip(until, begin, end)
+                carry = lax.fori_loop(begin, until, body, carry)
+                begin = until
+            *carry, sums = carry
+            keys = pl.ds(unit.tile_key + self.me * KEYS, KEYS)
+            target = sums_target.at[unit.part, unit.batch, i, keys]
+            _mosaic.store(target, jnp.sum(sums, axis=1))
+            return tuple(carry)
 
         def finish(_, carry):
             slot, gradients, pending = carry
@@ -114,10 +134,9 @@ class Consumer:
             pending = (_mosaic.zeros((KEYS, sizes.rows)).astype(self.dtype),) * 2
         carry = jnp.int32(0), gradients, pending
         plgpu.barrier_wait(memory.keys_full)
-        carry = lax.fori_loop(unit.begin, unseen, skip, carry)
-        edge, plain = (functools.partial(step, edge=x) for x in (True, False))
-        carry = lax.fori_loop(unseen, whole, edge, carry)
-        carry = lax.fori_loop(whole, unit.end, plain, carry)
+        begin = _mosaic.div_rem(unit.begin, sizes.strip_tiles)[0]
+        end = _mosaic.ceil_div(unit.end, sizes.strip_tiles)
+        carry = lax.fori_loop(begin, end, strip, carry)
         if ahead:
             some = jnp.minimum(unit.end - unseen, 1)
             carry = lax.fori_loop(np.int32(0), some, finish, carry)
@@ -138,23 +157,19 @@ class Consumer:
         key = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=MATRIX)
         return key + first_key <= token
 
-    def _keep(self, unit: Unit, tile, gradient, kept, sums=None):
-        """Writes the gradient of logits, summed over the members, and its sums."""
+    def _keep(self, unit: Unit, tile, gradient, target):
+        """Writes the gradient of logits of a tile, summed over the members."""
         high = KEYS // fragments.ROWS
         wide = self.sizes.tokens // fragments.COLUMNS
         first = _mosaic.div_rem(unit.tile_key, fragments.ROWS)[0] + self.me * high
         rows, columns = pl.ds(first, high), pl.ds(tile * wide, wide)
-        target = kept.at[unit.part, unit.batch, rows, columns]
+        target = target.at[unit.part, unit.batch, rows, columns]
         fragments.store(target, gradient.astype(target.dtype))
-        if sums is not None:
-            keys = pl.ds(unit.tile_key + self.me * KEYS, KEYS)
-            place = sums.at[unit.part, unit.batch, tile, keys]
-            _mosaic.store(place, jnp.sum(gradient, axis=1))
 
     def _step(self, slot, gradients, seen):
         """Adds what a tile of rows contributes, of which these are seen, or all.
 
-        Also returns the gradient of logits, summed over the members, if it is kept.
+        Also returns the gradient of logits, summed over the members.
         """
         memory, sizes = self.memory, self.sizes
         kv_heads = range(sizes.tiling.kv_heads)
@@ -165,10 +180,10 @@ class Consumer:
                 weights, gradient = self._interpreted(slot, i, seen)
                 of_logits.append(gradient)
                 sums.append(self._interpreted_sums(slot, i, pair, weights, gradient))
-            return tuple(sums), self._total(of_logits)
+            return tuple(sums), _folded(of_logits, sizes.tokens)
 
         def multiply(references):
-            gradients, logits, gradient, kept = references
+            gradients, logits, gradient, total = references
             ahead = 2 * len(kv_heads) - 1
             for i in kv_heads:
                 plgpu.wgmma(logits[i], self._key(i), self._query(slot, i, True))
@@ -185,8 +200,7 @@ class Consumer:
                 of_logits.append(weights[i] * (x + self._per_row(slot, i, 1)))
                 x = of_logits[i].astype(self.dtype)
                 plgpu.wgmma(gradients[i][0], x, self._query(slot, i))
-            for reference in kept:
-                reference[...] = self._total(of_logits)
+            total[...] = _folded(of_logits, sizes.tokens)
 
         accumulators = (
             gradients,
@@ -194,9 +208,9 @@ class Consumer:
             [_mosaic.zeros((KEYS, sizes.rows)) for _ in kv_heads],
         )
         accumulators = jax.tree.map(plgpu.WGMMAAccumulatorRef.init, accumulators)
-        kept = [_mosaic.zeros((KEYS, sizes.tokens))] if sizes.keep else []
-        gradients, _, _, kept = pl.run_state(multiply)((*accumulators, kept))
-        return gradients, kept[0] if kept else None
+        total = _mosaic.zeros((KEYS, sizes.tokens))
+        gradients, _, _, total = pl.run_state(multiply)((*accumulators, total))
+        return gradients, total
 
     def _step_ahead(self, slot, before, gradients, pending, seen, release):
         """Begins what a tile of rows contributes, and adds what is pending.
@@ -216,7 +230,7 @@ class Consumer:
             of_logits.append(gradient)
             if i == 0:
                 release()
-        return tuple(gradients), pending, self._total(of_logits)
+        return tuple(gradients), pending, _folded(of_logits, self.sizes.tokens)
 
     def _multiply(self, slot, i, before, pair, pending, seen):
         """The weights and gradient of the logits of a tile of rows in a kv head.
@@ -315,18 +329,18 @@ class Consumer:
         shift = self._per_row(slot, i, 0)
         return jnp.exp2(logits * (self.sizes.scale * LOG2_E) - shift)
 
-    def _total(self, gradients):
-        """The gradients of logits of kv heads, summed over the members."""
-        step = self.sizes.tokens
-        parts = [
-            lax.slice(x, (0, i), (KEYS, i + step))
-            for x in gradients
-            for i in range(0, self.sizes.rows, step)
-        ]
-        return functools.reduce(jnp.add, parts)
-
     def _per_row(self, slot, kv_head, which):
         """One of the two numbers of each row in a kv head, for each key."""
         x = self.memory.statistics.at[slot, kv_head, which]
         x = plgpu.load(x, layout=BY_ROW)
         return lax.broadcast_in_dim(x, (KEYS, self.sizes.rows), [1])
+
+
+def _folded(tiles, columns):
+    """The sum of tiles, cut into pieces of so many columns: [KEYS, columns]."""
+    pieces = [
+        lax.slice(x, (0, i), (KEYS, i + columns))
+        for x in tiles
+        for i in range(0, x.shape[1], columns)
+    ]
+    return functools.reduce(jnp.add, pieces)

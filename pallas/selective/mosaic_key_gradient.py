@@ -33,6 +33,7 @@ from jattn.pallas.selective import mosaic_fragments as fragments
 from jattn.pallas.selective.mosaic_key_consumer import Consumer
 from jattn.pallas.selective.mosaic_key_items import (
     ROWS,
+    STRIP,
     TILE_KEYS,
     Memory,
     Sizes,
@@ -75,9 +76,8 @@ def key_gradients(
     queries: int,
     offset: int,
     scale: float,
-    keep: bool,
     tiling: Tiling,
-) -> tuple[jax.Array, ...]:
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """What some query heads at a time give the gradients of a chunk of keys.
 
     In the interpreter P and dS are not operands in registers, which it does not know,
@@ -96,17 +96,16 @@ def key_gradients(
       queries: T.
       offset: Position of the first query.
       scale: Factor of the logits.
-      keep: Whether the gradient of S is wanted.
       tiling: Tile sizes.
 
     Returns:
       Gradients of key and value [slices, B, chunk, N / pack, H], partial sums of them
-      in fp32 or, if there is but one for each kv head, of their dtype. If it is kept
-      also that of S, summed over the members in fp32, [N / M, B, chunk, rows] in
-      fragments. Ahead, this is rounded as for its products, and its sums over the
-      tokens of each tile follow, fp32 [N / M, B, rows / tokens, chunk]. Both are
-      written where any token of a tile sees one of KEYS keys and comes before their
-      end.
+      in fp32 or, if there is but one for each kv head, of their dtype. That of S,
+      summed over the members and rounded to their dtype, [N / M, B, chunk, rows] in
+      fragments, which is written where any token of a tile sees one of KEYS keys and
+      comes before their end. Its sums over the tokens of each strip, before it is
+      rounded, fp32 [N / M, B, rows / STRIP, chunk], which are written where any token
+      of a strip sees one of TILE_KEYS keys and comes before their end.
 
     Raises:
       ValueError: The tiling's heads do not divide those of the arguments.
@@ -125,7 +124,6 @@ def key_gradients(
         slices=_slices(batch * parts * tiles, queries, tiling),
         width=width,
         scale=scale,
-        keep=keep,
         tiling=tiling,
     )
     folded = chunk // fragments.ROWS, rows // fragments.COLUMNS, fragments.NUMBERS
@@ -141,25 +139,24 @@ def key_gradients(
     )
     shape = sizes.slices, batch, chunk, heads // tiling.pack, width
     whole = sizes.slices == 1 and tiling.pack == group
-    types = [jax.ShapeDtypeStruct(shape, key.dtype if whole else jnp.float32)] * 2
-    if keep:
-        dtype = query.dtype if tiling.ahead else jnp.float32
-        types.append(jax.ShapeDtypeStruct((parts, batch, *folded), dtype))
-    if keep and tiling.ahead:
-        shape = parts, batch, rows // sizes.tokens, chunk
-        types.append(jax.ShapeDtypeStruct(shape, jnp.float32))
-    key_gradient, value_gradient, *kept = _mosaic.call(
+    gradient = jax.ShapeDtypeStruct(shape, key.dtype if whole else jnp.float32)
+    sums = parts, batch, rows // STRIP, chunk
+    key_gradient, value_gradient, of_logits, sums = _mosaic.call(
         functools.partial(_kernel, sizes=sizes),
         *operands,
-        outputs=types,
+        outputs=[
+            gradient,
+            gradient,
+            jax.ShapeDtypeStruct((parts, batch, *folded), query.dtype),
+            jax.ShapeDtypeStruct(sums, jnp.float32),
+        ],
         memory=memory_types(sizes, query.dtype),
         grid={"program": tiles * parts * sizes.slices * batch},
         consumers=CONSUMERS,
         name="selective_key_gradient",
     )
-    if keep:
-        kept[0] = kept[0].reshape(parts, batch, chunk, rows)
-    return key_gradient, value_gradient, *kept
+    of_logits = of_logits.reshape(parts, batch, chunk, rows)
+    return key_gradient, value_gradient, of_logits, sums
 
 
 def _slices(tiles, queries, tiling):
@@ -169,7 +166,8 @@ def _slices(tiles, queries, tiling):
         waves = -(-tiles * slices // tiling.programs)
         return waves / slices * (1 + SLICE_COST * slices)
 
-    most = max(1, min(tiling.programs, queries * tiling.members // (8 * ROWS)))
+    most = min(tiling.programs, queries * tiling.members // (8 * ROWS))
+    most = max(1, min(most, -(-queries // STRIP)))
     return min(range(1, most + 1), key=cost)
 
 

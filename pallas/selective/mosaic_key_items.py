@@ -14,10 +14,14 @@ from jax import lax
 from jattn.pallas import _mosaic
 from jattn.pallas.flash.mosaic_backward import CONSUMERS, KEYS
 from jattn.pallas.selective import mosaic_fragments as fragments
+from jattn.pallas.selective.work import BLOCK
 
 # Rows of a tile in all kv heads, and keys. More would not fit into registers.
 ROWS = 64
 TILE_KEYS = CONSUMERS * KEYS
+
+# Tokens of one sum of the gradients of a key's logits.
+STRIP = BLOCK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +72,6 @@ class Sizes:
       slices: Thread blocks that share the tokens of a tile.
       width: Of keys and values.
       scale: Factor of the logits.
-      keep: Whether the gradient of S is wanted.
       tiling: Tile sizes.
     """
 
@@ -79,7 +82,6 @@ class Sizes:
     slices: int
     width: int
     scale: float
-    keep: bool
     tiling: Tiling
 
     @property
@@ -91,6 +93,11 @@ class Sizes:
     def tokens(self) -> int:
         """Tokens of a tile."""
         return ROWS // self.tiling.members
+
+    @property
+    def strip_tiles(self) -> int:
+        """Tiles of tokens of a strip."""
+        return STRIP // self.tokens
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,8 +175,8 @@ class Unit:
       slice: Of the tokens.
       tile_key: First key of the tile, in the chunk.
       first_key: The same, of all keys.
-      begin: First tile of tokens.
-      end: One past the last.
+      begin: First tile of tokens, where a strip begins.
+      end: One past the last; another strip begins there, or no token is left.
     """
 
     batch: jax.Array
@@ -193,11 +200,13 @@ def unit_of_work(ends, region, sizes: Sizes) -> Unit:
     batch, index = _mosaic.div_rem(program, sizes.slices)
     first_key = region[1] + tile * TILE_KEYS
     begin = jnp.maximum(first_key - sizes.offset, 0)
-    begin = _mosaic.div_rem(begin, sizes.tokens)[0]
-    end = ends[batch, _mosaic.div_rem(first_key, TILE_KEYS)[0]]
-    end = _mosaic.ceil_div(end, sizes.tokens)
-    size = _mosaic.ceil_div(jnp.maximum(end - begin, 0), sizes.slices)
-    begin += index * size
+    begin = _mosaic.div_rem(begin, STRIP)[0]
+    token = ends[batch, _mosaic.div_rem(first_key, TILE_KEYS)[0]]
+    size = jnp.maximum(_mosaic.ceil_div(token, STRIP) - begin, 0)
+    size = _mosaic.ceil_div(size, sizes.slices)
+    begin = (begin + index * size) * sizes.strip_tiles
+    size *= sizes.strip_tiles
+    end = _mosaic.ceil_div(token, sizes.tokens)
     return Unit(
         batch=batch,
         part=part,

@@ -1,7 +1,7 @@
 """The gradient through F where those of the logits have been kept, in Triton.
 
 `mosaic_key_gradient` keeps the gradient of L - F, in parts of the heads, and its sums
-over a few tokens at a time. With these a program knows what the tokens after its own
+over strips of tokens. With these a program knows what the tokens after its own
 give to the gradient of each selection, and needs nothing else of them.
 
 Letters as in `jattn.pallas.selective.triton`; G is the gradient

@@ -24,10 +24,10 @@ BLOCK = 128
 CHUNK_BYTES = 64 * 2**20
 GRADIENT_BYTES = 704 * 2**20
 
-# If as many heads share a program for the gradients of keys, it keeps the gradient of
-# their logits, to be added up for that of F. With fewer it is computed a second time.
+# If as many heads share a program for the gradients of keys in Triton, it keeps the
+# gradient of their logits, to be added up for that of F. With fewer it is computed a
+# second time. The kernel in Mosaic always keeps it.
 KEEPING_HEADS = 4
-MOSAIC_KEEPING_HEADS = 2
 
 
 @dataclasses.dataclass(frozen=True)
