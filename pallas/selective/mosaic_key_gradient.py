@@ -154,6 +154,9 @@ def key_gradients(
         grid={"program": tiles * parts * sizes.slices * batch},
         consumers=CONSUMERS,
         name="selective_key_gradient",
+        # Threads read what copies have written, once `full` tells each of them, and
+        # all of them arrive at `empty`. They share nothing else.
+        automatic_barriers=False,
     )
     of_logits = of_logits.reshape(parts, batch, chunk, rows)
     return key_gradient, value_gradient, of_logits, sums
