@@ -38,7 +38,7 @@ SUMMANDS = 8
 
 # How the gradients of logits that were kept are cut up, and how many queries a program
 # has there; and how the product of these and the selecting head's keys is.
-KEPT = Tiling(rows=32, keys=64, warps=4, stages=1, registers=128)
+KEPT = Tiling(rows=32, keys=64, warps=4, stages=1, registers=168)
 STRIP = 512
 SELECTING = Tiling(rows=64, keys=64, warps=4, stages=3)
 
