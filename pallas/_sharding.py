@@ -1,6 +1,7 @@
 """What kernels need to know of shard_map."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 
@@ -16,6 +17,28 @@ def vary_like(
     if not axes:
         return list(results)
     return [jax.lax.pcast(x, tuple(axes), to="varying") for x in results]
+
+
+def vary_alike(*arrays: Any) -> tuple[Any, ...]:
+    """Inside shard_map, lets all arrays vary over the mesh axes that any varies over.
+
+    A custom_vjp may not give a gradient that varies for an argument that does not: keys
+    that all devices share, say, while each has heads of its own. That of an argument
+    that was made to vary is summed over the axes, as without kernels.
+
+    Args:
+      *arrays: Trees of arrays.
+
+    Returns:
+      The same trees.
+    """
+    axes = varying_axes(jax.tree.leaves(arrays))
+
+    def vary(x):
+        missing = axes - varying_axes([x])
+        return jax.lax.pcast(x, tuple(missing), to="varying") if missing else x
+
+    return jax.tree.map(vary, arrays)
 
 
 def varying_axes(arrays: Sequence[jax.Array]) -> frozenset[str]:

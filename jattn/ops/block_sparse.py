@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
+from jattn.pallas._sharding import vary_alike
 from jattn.pallas.block_sparse import unsupported
 
 # Rows of a unit at most: enough for a matrix unit, few enough that the last unit of a
@@ -77,9 +78,8 @@ def block_sparse_attention(
         # Triton is an optional dependency.
         from jattn.pallas.block_sparse import triton as kernel
 
-        results: _common.AttentionOutput = kernel.attend(
-            query, key, value, block_indices, segment_ids, block_size, scale
-        )
+        arrays = vary_alike(query, key, value, block_indices, segment_ids)
+        results: _common.AttentionOutput = kernel.attend(*arrays, block_size, scale)
         return results if return_lse else results[0]
     b, t, s = *query.shape[:2], key.shape[1]
     out, lse = attend_block_positions(
@@ -193,7 +193,7 @@ def attend_block_positions(
     )
     plan = jax.vmap(plan, in_axes=(0, None), out_axes=1)  # over K: [U, K, ...]
     plan = jax.vmap(plan)(rows(block_indices), positions)
-    out, lse = jax.vmap(lambda *arguments: _attend_units(*arguments, scale))(
+    arguments = vary_alike(
         rows(query.reshape(b, t, k * r, n // (k * r), -1)),
         blocks(key),
         blocks(value),
@@ -201,6 +201,7 @@ def attend_block_positions(
         (positions, jnp.repeat(query_segment_ids, r, axis=1)),
         blocks(key_segment_ids),
     )
+    out, lse = jax.vmap(lambda *x: _attend_units(*x, scale))(*arguments)
     return heads(out).astype(value.dtype), heads(lse)
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jattn.ops import _common
 from jattn.pallas import flash
+from jattn.pallas._sharding import vary_alike
 
 
 def nsa_windows(x: jax.Array, *, kernel_size: int = 32, stride: int = 16) -> jax.Array:
@@ -147,11 +148,9 @@ def compressed_attention(
         # Triton is an optional dependency.
         from jattn.pallas.flash import triton as kernel
 
+        starts = None if segment_ids is None else starts
         results: _common.AttentionOutput = kernel.attend(
-            query,
-            key_cmp,
-            value_cmp,
-            None if segment_ids is None else starts,
+            *vary_alike(query, key_cmp, value_cmp, starts),
             kernel_size=kernel_size,
             stride=stride,
             window=None,

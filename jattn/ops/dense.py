@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
+from jattn.pallas._sharding import vary_alike
 from jattn.pallas.flash import unsupported
 
 
@@ -60,10 +61,7 @@ def dense_attention(
         if segment_ids is not None:
             starts = _common.document_starts(segment_ids)[:, s - t :]
         results: _common.AttentionOutput = kernel.attend(
-            query,
-            key,
-            value,
-            starts,
+            *vary_alike(query, key, value, starts),
             kernel_size=1,
             stride=1,
             window=window,

@@ -25,6 +25,7 @@ from jattn.ops.nsa_selection import (
     select_blocks_by_lse,
     visible_blocks,
 )
+from jattn.pallas._sharding import vary_alike
 
 
 def native_sparse_attention(
@@ -237,9 +238,8 @@ def _add_selected(
         from jattn.pallas.block_sparse import triton as kernel
 
         addends = kernel.Addends(before, after, gates)
-        results: Any = kernel.attend_and_add(
-            *arrays, segment_ids, addends, block_size, scale
-        )
+        varying = vary_alike(*arrays, segment_ids, addends)
+        results: Any = kernel.attend_and_add(*varying, block_size, scale)
         return results
     attended, lse = block_sparse_attention(
         *arrays,

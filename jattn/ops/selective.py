@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jattn.ops import _common
 from jattn.pallas import selective as kernels
+from jattn.pallas._sharding import vary_alike
 
 # Keys of a tile whose skipping `selective_skipped` counts.
 SKIPPED_KEYS = 64
@@ -139,8 +140,9 @@ def selective_attention(
         starts = None if segment_ids is None else _common.document_starts(segment_ids)
         held = None if budget is None else jnp.asarray(budget, jnp.int32)
         tau = None if memory_tau is None else float(memory_tau)
+        arrays = vary_alike(query, key, value, first_row, starts, held)
         attended: tuple[jax.Array, jax.Array, jax.Array | None] = kernel.attend(
-            query, key, value, first_row, starts, held, scale, float(skip_error), tau
+            *arrays, scale, float(skip_error), tau
         )
         out, lse, memory = attended
     else:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops import _common
+from jattn.pallas._sharding import vary_alike
 from jattn.pallas.simplicial import unsupported, unsupported_mosaic
 
 Form = Literal["trilinear", "determinant"]
@@ -197,8 +198,7 @@ def attend_pairs(
         from jattn.pallas.simplicial import mosaic, triton
 
         return triton.attend(
-            *arrays,
-            visible,
+            *vary_alike(*arrays, visible),
             **limits,
             scale=scale,
             forward=(mosaic if chosen == "pallas" else triton).forward,
