@@ -220,11 +220,10 @@ def search_budgets(
         )
     yield Found(None, budgets, loss, limit)
     fractions = np.full(num_layers, fraction)
-    # What a token less of each layer costs and the loss without them, when last
-    # measured, and whether that was with these budgets.
+    # What a token less of each layer cost when it was last measured, and the losses of
+    # the layers that were measured with these budgets.
     costs = np.full(num_layers, -np.inf)
-    lowered_losses = np.full(num_layers, loss)
-    current = np.zeros(num_layers, bool)
+    measured: dict[int, float] = {}
     while True:
         layer = int(np.argmin(costs))
         if costs[layer] == np.inf:
@@ -232,18 +231,17 @@ def search_budgets(
         less = max(decrement, int(fractions[layer] * budgets[layer]))
         lowered = budgets.copy()
         lowered[layer] = max(budgets[layer] - less, min(MIN_BUDGET, context))
-        if current[layer]:
-            budgets, loss = lowered, float(lowered_losses[layer])
-            current[:] = False
+        if layer in measured:
+            budgets, loss = lowered, measured[layer]
+            measured.clear()
             yield Found(layer, budgets, loss, limit)
         elif lowered[layer] == budgets[layer]:
             costs[layer] = np.inf
         else:
-            lowered_losses[layer] = losses(lowered[None])[0]
-            current[layer] = lowered_losses[layer] <= limit
-            if current[layer]:
-                tokens = budgets[layer] - lowered[layer]
-                costs[layer] = (lowered_losses[layer] - loss) / tokens
+            found = float(losses(lowered[None])[0])
+            if found <= limit:
+                measured[layer] = found
+                costs[layer] = (found - loss) / (budgets[layer] - lowered[layer])
             elif less > decrement:
                 # Less of a layer may be cheaper than what the others can give up.
                 fractions[layer] /= 2

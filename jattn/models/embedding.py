@@ -13,6 +13,8 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from jattn.pallas._sharding import vary_alike
+
 # Elements of the one-hot matrix that the gradient multiplies by, at most at a time.
 _MAX_ONE_HOT = 2**26
 
@@ -28,7 +30,7 @@ def embed(table: jax.Array, tokens: jax.Array, dtype: Any = None) -> jax.Array:
     Returns:
       [..., D].
     """
-    return _embed(table, tokens, dtype or table.dtype)
+    return _embed(*vary_alike(table, tokens), dtype or table.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

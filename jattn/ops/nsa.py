@@ -95,12 +95,19 @@ def native_sparse_attention(
         traced, or implementation is no such name.
       NotImplementedError: The requested implementation does not support the call.
     """
-    kernel_size, stride, block_size, num_blocks, num_initial, num_local = check_sizes(
-        kernel_size, stride, block_size, num_blocks, num_initial, num_local
+    selection = check_sizes(
+        kernel_size=kernel_size,
+        stride=stride,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
     )
+    kernel_size, stride = selection["kernel_size"], selection["stride"]
+    block_size, num_blocks = selection["block_size"], selection["num_blocks"]
     (window_size,) = _common.positive_integers(window_size=window_size)
     sizes = _check_branches(query, compressed, selected, window, gates)
-    check_compressed(
+    length = check_compressed(
         sizes, kernel_size, stride, sizes["S"], segment_ids, name="compressed key"
     )
     shared: dict[str, Any] = {
@@ -108,22 +115,23 @@ def native_sparse_attention(
         "segment_ids": segment_ids,
         "implementation": implementation,
     }
-    windows: dict[str, Any] = {
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "length": sizes["S"],
-    }
     from_compressed = compressed_attention(
-        query, *compressed, return_lse=True, **windows, **shared
+        query,
+        *compressed,
+        kernel_size=kernel_size,
+        stride=stride,
+        length=length,
+        return_lse=True,
+        **shared,
     )
     in_window = dense_attention(
         query, *window, window=window_size, return_lse=True, **shared
     )
     # Where there are no more blocks than a query reads, it reads all that it may see.
-    every_block = block_indices is None and num_blocks * block_size >= sizes["S"]
+    every_block = block_indices is None and num_blocks * block_size >= length
     if every_block:
         block_indices = visible_blocks(
-            *query_range(query, sizes["S"], segment_ids),
+            *query_range(query, length, segment_ids),
             (sizes["K"], num_blocks),
             block_size,
         )
@@ -136,11 +144,8 @@ def native_sparse_attention(
                 query,
                 compressed[0],
                 from_compressed[1],
-                block_size=block_size,
-                num_blocks=num_blocks,
-                num_initial=num_initial,
-                num_local=num_local,
-                **windows,
+                length=length,
+                **selection,
                 **shared,
             )
         total, lse = _add_selected(

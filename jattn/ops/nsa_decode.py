@@ -84,16 +84,19 @@ def cached_attention(
         tokens, there are more queries than slots, or implementation is no such name.
       NotImplementedError: The requested implementation does not support the call.
     """
-    kernel_size, stride, block_size, num_blocks, num_initial, num_local = (
-        nsa_selection.check_sizes(
-            kernel_size, stride, block_size, num_blocks, num_initial, num_local
-        )
+    sizes = nsa_selection.check_sizes(
+        kernel_size=kernel_size,
+        stride=stride,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
     )
     (window_size,) = _common.positive_integers(window_size=window_size)
     t, slots = query.shape[1], selected[0].shape[1]
     if t > slots:
         raise ValueError(f"T={t} queries cannot be in a cache of S={slots} slots")
-    needed = num_windows(slots, kernel_size, stride)
+    needed = num_windows(slots, sizes["kernel_size"], sizes["stride"])
     if (windows := compressed[0].shape[1]) != needed:
         raise ValueError(
             f"compressed must have the M={needed} windows of S={slots} slots; got "
@@ -108,24 +111,12 @@ def cached_attention(
             compressed,
             selected,
             window,
-            block_size=block_size,
-            stride=stride,
-            num_blocks=num_blocks,
+            **{x: sizes[x] for x in ("block_size", "stride", "num_blocks")},
         )
         chosen = _common.choose_implementation(
             "decoding of native sparse attention", implementation, [("triton", reason)]
         )
-    sizes: dict[str, Any] = {
-        "ring": ring,
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-        "num_initial": num_initial,
-        "num_local": num_local,
-        "window_size": window_size,
-        "scale": scale,
-    }
+    sizes |= {"ring": ring, "window_size": window_size, "scale": scale}
     arrays = (query, compressed, selected, window, gates, positions, window_end)
     if chosen == "xla":
         return _attend_branches(*arrays, implementation=implementation, **sizes)

@@ -133,34 +133,30 @@ def select_blocks_by_lse(
     """
     sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
     _common.check_floating(query=query, key_cmp=key_cmp)
-    kernel_size, stride, block_size, num_blocks, num_initial, num_local = check_sizes(
-        kernel_size, stride, block_size, num_blocks, num_initial, num_local
+    shared = check_sizes(
+        kernel_size=kernel_size,
+        stride=stride,
+        block_size=block_size,
+        num_blocks=num_blocks,
+        num_initial=num_initial,
+        num_local=num_local,
     )
+    kernel_size, stride = shared["kernel_size"], shared["stride"]
     length = check_compressed(sizes, kernel_size, stride, length, segment_ids)
-    scale = _common.default_scale(scale, sizes["H"])
+    shared |= {"length": length, "scale": _common.default_scale(scale, sizes["H"])}
     reason = None
     if sizes["M"]:
         reason = selection.unsupported(
             query,
             key_cmp,
             lists=sizes["K"],
-            blocks=-(-length // block_size),
-            cells=block_size // stride,
-            scale=scale,
+            blocks=-(-length // shared["block_size"]),
+            cells=shared["block_size"] // stride,
+            scale=shared["scale"],
         )
     chosen = _common.choose_implementation(
         "nsa_select_blocks", implementation, [("triton", reason)]
     )
-    shared: dict[str, Any] = {
-        "length": length,
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "block_size": block_size,
-        "num_blocks": num_blocks,
-        "num_initial": num_initial,
-        "num_local": num_local,
-        "scale": scale,
-    }
     positions, starts = query_range(query, length, segment_ids)
     # Without compressed tokens there are no scores, whatever was asked for.
     if chosen == "triton" and sizes["M"]:
@@ -273,9 +269,9 @@ def visible_blocks(positions, starts, lists_shape, block_size):
 
 
 def check_sizes(
-    kernel_size, stride, block_size, num_blocks, num_initial, num_local
-) -> tuple[int, int, int, int, int, int]:
-    """The sizes of a selection as Python integers, in the order of the arguments.
+    *, kernel_size, stride, block_size, num_blocks, num_initial, num_local
+) -> dict[str, Any]:
+    """The sizes of a selection as Python integers, by name.
 
     Raises:
       ValueError: They contradict each other, or one is no integer in its range.
@@ -295,4 +291,11 @@ def check_sizes(
             "num_blocks counts the forced blocks and must be at least num_initial + "
             f"num_local; got {num_blocks} < {num_initial} + {num_local}"
         )
-    return kernel_size, stride, block_size, num_blocks, num_initial, num_local
+    return {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "block_size": block_size,
+        "num_blocks": num_blocks,
+        "num_initial": num_initial,
+        "num_local": num_local,
+    }

@@ -6,10 +6,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from jattn.models import embedding
 from jattn.models.embedding import Embed, embed
-from tests.support import normal, relative_rms
+from tests.support import assert_equal_up_to_rounding, normal, relative_rms
 
 
 @pytest.mark.parametrize("dtype", [None, jnp.float32, jnp.bfloat16])
@@ -42,6 +44,21 @@ def test_gradient_is_the_sum_over_tokens(monkeypatch, dtype, max_one_hot):
     assert relative_rms(actual, expected) <= 1e-6
     # Atomics would not add in the same order each time.
     assert "scatter" not in pull.lower(table, gradient).as_text()
+
+
+def test_devices_share_a_table():
+    tokens = jax.random.randint(jax.random.key(0), (4, 50), 0, 7)
+    table, gradient = normal(1, (7, 8), (4, 50, 8))
+
+    def pull(tokens, gradient, table):
+        return jax.vjp(lambda table: embed(table, tokens), table)[1](gradient)[0]
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    specs = dict(in_specs=(P("data"), P("data"), P()), out_specs=P())
+    sharded = jax.jit(jax.shard_map(pull, mesh=mesh, **specs))
+    actual = sharded(tokens, gradient, table)
+    expected = jax.jit(pull)(tokens, gradient, table)
+    assert_equal_up_to_rounding(actual, expected)
 
 
 def test_a_token_past_the_table_gives_nan():

@@ -239,26 +239,6 @@ def test_bf16_keeps_statistics_and_scores_in_fp32():
     assert_equal_up_to_rounding(lse, slow_lse, 1e-6)
 
 
-def test_windows_are_those_of_equation_7():
-    (x,) = normal(0, (2, 23, 3, 5))
-    windows = jattn.nsa_windows(x, kernel_size=6, stride=2)
-    assert windows.shape == (2, 9, 6, 3, 5)
-    for i in range(9):
-        np.testing.assert_array_equal(windows[:, i], x[:, 2 * i : 2 * i + 6])
-
-
-@pytest.mark.parametrize(("length", "kernel_size"), [(23, 6), (24, 2), (5, 6)])
-def test_means_of_windows(length, kernel_size):
-    (x,) = normal(0, (2, length, 3, 5))
-    windows = {"kernel_size": kernel_size, "stride": 2}
-    expected = jattn.nsa_windows(x, **windows).mean(axis=2)
-    actual = jattn.nsa_window_means(x, **windows)
-    assert_equal_up_to_rounding(actual, expected, 1e-6)
-    assert jattn.nsa_window_means(x.astype(jnp.bfloat16)).dtype == jnp.bfloat16
-    with pytest.raises(ValueError, match="x must have a floating-point dtype"):
-        jattn.nsa_window_means(x.astype(jnp.int32))
-
-
 def test_a_sequence_shorter_than_a_window_has_no_compressed_tokens():
     (x,) = normal(0, (2, 5, 3, 5))
     assert jattn.nsa_windows(x, kernel_size=6, stride=2).shape == (2, 0, 6, 3, 5)
@@ -284,27 +264,6 @@ def test_no_compressed_tokens_need_no_kernel(monkeypatch):
         jattn.compressed_attention(query, empty, empty, implementation="pallas")
 
 
-def test_a_window_is_seen_from_its_last_token_on():
-    query, key, value = normal(0, (1, 9, 2, 4), (1, 3, 2, 4), (1, 3, 2, 4))
-
-    @jax.jit
-    def attend(query, key, value):
-        return jattn.compressed_attention(
-            query, key, value, kernel_size=4, stride=2, return_lse=True
-        )
-
-    out, lse = attend(query, key, value)
-    np.testing.assert_array_equal(out[:, :3], 0)
-    assert np.all(np.isneginf(lse[:, :3]))
-    # Only the first window is in sight of positions 3 and 4.
-    assert_equal_up_to_rounding(out[:, 3:5], jnp.repeat(value[:, :1], 2, axis=1))
-    assert np.all(out[:, 5] != value[:, 0])
-    grads = jax.grad(lambda *a: jnp.sum(attend(*a)[0][:, :3]), argnums=(0, 1, 2))(
-        query, key, value
-    )
-    jax.tree.map(lambda grad: np.testing.assert_array_equal(grad, 0), grads)
-
-
 def test_fewer_queries_than_tokens_are_the_last_ones():
     query, key, value = normal(0, (2, 20, 4, 8), (2, 9, 2, 8), (2, 9, 2, 8))
 
@@ -318,69 +277,6 @@ def test_fewer_queries_than_tokens_are_the_last_ones():
     whole, last = function(query), function(query[:, 15:])
     assert_equal_up_to_rounding(last[0], whole[0][:, 15:])
     np.testing.assert_array_equal(last[1], whole[1][:, 15:])
-
-
-@pytest.mark.parametrize(
-    ("sizes", "weights"),
-    [((32, 16, 64), [1, 2, 2, 2, 1]), ((16, 16, 16), [1]), ((16, 8, 16), [1, 2, 1])],
-)
-def test_a_block_is_scored_by_its_overlap_with_windows(sizes, weights):
-    """One window far above the others makes its blocks win by overlap alone."""
-    kernel_size, stride, block_size = sizes
-    length = 9 * block_size
-    m = (length - kernel_size) // stride + 1
-    query = jnp.ones((1, 1, 1, 1))
-    for i in range(m - 1):
-        key = jnp.zeros((1, m, 1, 1)).at[0, i].set(100.0)
-        blocks = jattn.nsa_select_blocks(
-            query,
-            key,
-            kernel_size=kernel_size,
-            stride=stride,
-            block_size=block_size,
-            num_blocks=2,
-            num_initial=0,
-            num_local=1,
-            length=length,
-        )
-        # Weights of window i in block j, for j's windows from the first that overlaps.
-        first = [j * block_size // stride - kernel_size // stride + 1 for j in range(9)]
-        shares = [weights[i - f] if 0 <= i - f < len(weights) else 0 for f in first]
-        expected = int(np.argmax(shares[:8])) if any(shares[:8]) else 0
-        np.testing.assert_array_equal(blocks[0, 0, 0], [expected, 8])
-
-
-def test_forced_blocks_are_there_and_counted_once():
-    query, key = normal(0, (1, 64, 2, 8), (1, 31, 1, 8))
-    blocks = np.asarray(jattn.nsa_select_blocks(query, key, **SIZES))
-    for t in range(64):
-        (mine,) = blocks[0, t]
-        valid = mine[mine >= 0]
-        own = t // SIZES["block_size"]
-        assert len(valid) == min(4, own + 1)
-        assert np.all(np.diff(valid) > 0)
-        assert set(valid) >= {0, own, max(0, own - 1)}
-        assert valid[-1] == own
-        np.testing.assert_array_equal(mine[len(valid) :], -1)
-
-
-def test_ties_go_to_the_lower_index():
-    query, key = jnp.ones((1, 64, 2, 8)), jnp.zeros((1, 16, 1, 8))
-    blocks = jattn.nsa_select_blocks(
-        query, key, kernel_size=4, stride=4, block_size=4, num_blocks=5
-    )
-    np.testing.assert_array_equal(blocks[0, 63, 0], [0, 1, 2, 14, 15])
-
-
-def test_visible_blocks_of_score_zero_come_before_invisible_ones():
-    """One window takes all probability; the others underflow to 0."""
-    query = jnp.ones((1, 40, 1, 1))
-    key = jnp.zeros((1, 10, 1, 1)).at[0, 6].set(1e4)
-    blocks = jattn.nsa_select_blocks(
-        query, key, kernel_size=4, stride=4, block_size=4, num_blocks=8
-    )
-    np.testing.assert_array_equal(blocks[0, 39, 0], [0, 1, 2, 3, 4, 6, 8, 9])
-    np.testing.assert_array_equal(blocks[0, 27, 0], [0, 1, 2, 3, 4, 5, 6, -1])
 
 
 @pytest.mark.parametrize("heads", [2, 4])
