@@ -1,28 +1,30 @@
-"""How small Selective Attention's cache gets at a dense model's validation loss.
+r"""Selective Attention with a small cache against a dense model of the same size.
 
-python -m benchmarks.selective_memory --context 512 --out FILE --text FOLDER
+python -m benchmarks.selective_memory --context 512 --share 0.12 --out F --text FOLDER
 
-trains a dense and a selective model of one size on a text, the selective one with the
-memory loss, and prunes it down to the validation loss of the dense one. Everything is
-what these commands do, with the options of `recipe`, and a slack of what the selective
-model gains over the dense one:
+trains a dense and a selective model on a text, for as many steps. The selective one has
+the memory loss until the learning rate begins to fall. Then it is pruned, and makes its
+last steps with the budgets that were found. Everything is what these commands do, with
+the options of `recipe`:
 
 jattn train --model.scheme dense --out runs/dense
-jattn train --model.scheme selective --out runs/selective
-jattn prune runs/selective --slack 0.0123 --fraction 0.125 --decrement 2 --batches 2
-jattn eval runs/selective
+jattn train --model.scheme selective --out runs/selective --steps 1500 \
+    --optimizer.decay-fraction 0
+jattn prune runs/selective --share 0.12 --slack 100 --fraction 0.125 --decrement 2 \
+    --batches 2
+jattn train --model.scheme selective --out runs/tuned --init runs/selective \
+    --model.selective.budgets 43 9 264 15 17 13 --steps 500 --memory-loss-weight 0 \
+    --optimizer.warmup-steps 20 --optimizer.decay-fraction 1
+jattn eval runs/tuned
 """
 
 import dataclasses
 import json
-import math
 import pathlib
 import sys
-import time
 from collections.abc import Callable
 from typing import Any
 
-import numpy as np
 import tokenizers
 import tyro
 
@@ -34,7 +36,6 @@ from jattn.train import (
     SelectiveConfig,
     TrainConfig,
     TrainedModel,
-    build_model,
     load_run,
     make_evaluator,
     train,
@@ -44,13 +45,16 @@ from jattn.train.build import context_cache_bytes
 from jattn.train.corpus import read_corpus, split_corpus
 from jattn.train.data import Batch, Dataset
 from jattn.train.metrics import Row
-from jattn.train.prune import PruneConfig, make_budget_evaluator, prune
+from jattn.train.prune import PruneConfig, prune
 
 # More batches than the held-out text has.
 _ALL = 10**6
 
-# Steps of a search that are measured at once on the whole held-out text.
-_SIDE_BY_SIDE = 8
+# Nats that no budgets cost.
+_ANY = 100.0
+
+# Steps in which the learning rate rises again when training goes on with budgets.
+_LAST_WARMUP = 20
 
 
 def recipe(
@@ -58,15 +62,15 @@ def recipe(
     *,
     text: tuple[str, ...] = (),
     tokenizer: str | None = None,
-    layers: int = 6,
+    layers: int = 8,
     heads: int = 6,
     memory_loss_weight: float = 0.1,
-    memory_loss_warmup: int = 0,
+    memory_loss_warmup: int = 500,
     memory_tau: float = 4.0,
     steps: int = 2000,
     seed: int = 0,
 ) -> TrainConfig:
-    """The selective run's configuration but for the folder.
+    """The configuration of a selective model that is trained in one go.
 
     Queries and keys are normalised as in the paper.
 
@@ -80,7 +84,7 @@ def recipe(
       memory_loss_weight: See `TrainConfig`.
       memory_loss_warmup: Likewise.
       memory_tau: See `jattn.train.SelectiveConfig`.
-      steps: Of each of the two models.
+      steps: Of each of the two models; the learning rate falls in the last quarter.
       seed: Of parameters and of the order of the data.
     """
     return TrainConfig(
@@ -98,7 +102,9 @@ def recipe(
             context_length=context,
             batch_size=2**16 // context,
         ),
-        optimizer=OptimizerConfig(learning_rate=3e-3, warmup_steps=100),
+        optimizer=OptimizerConfig(
+            learning_rate=3e-3, schedule="wsd", warmup_steps=100, decay_fraction=0.25
+        ),
         steps=steps,
         seed=seed,
         dtype="bfloat16",
@@ -139,34 +145,27 @@ def measure(
     config: TrainConfig,
     folder: pathlib.Path,
     *,
+    share: float,
     fraction: float = 0.125,
     decrement: int = 2,
     batches: int = 2,
-    deadline: float = math.inf,
 ) -> dict[str, Any]:
-    """Trains both models, prunes the selective one and measures all three.
-
-    The search sees a few batches, and may lose on them what the selective model gains
-    over the dense one on the whole held-out text: what pruning costs varies less from
-    batch to batch than what the two models differ by. What is reported is measured on
-    the whole text, with the smallest budgets that the search came across and that keep
-    the dense model's loss there.
+    """Trains both models, the selective one in two parts, and measures them.
 
     Args:
-      config: Of the selective run but for the folder.
+      config: Of a selective run in one go; its learning rate's schedule is wsd.
       folder: Where the runs are kept.
+      share: See `jattn.train.PruneConfig`.
       fraction: See `jattn.train.PruneConfig`.
       decrement: See `jattn.train.PruneConfig`.
       batches: See `jattn.train.PruneConfig`.
-      deadline: When to end a search that is not over, of `time.perf_counter`.
 
     Returns:
-      What is in the file of results about one context and seed. There, "kept" says
-      whose loss was kept: that of the selective model with its whole cache if it is
-      worse than the dense one; and "chosen" at which step of the search.
+      What is in the file of results about one context, share and seed. There,
+      "selective" is the model before the learning rate falls, with its whole cache,
+      "pruned" the same with the budgets that were found, and "tuned" what it becomes
+      with them.
     """
-    data = Dataset(config.data, seed=config.seed, align=config.align)
-    whole_text = data.validation_batches(_ALL)
     # What only the selective model has is as it always is in the dense one's
     # configuration: all selective runs of a folder share that one.
     dense = dataclasses.replace(
@@ -183,36 +182,45 @@ def measure(
         memory_tau=config.model.selective.memory_tau,
     )
     selective = "_".join(["selective", *(f"{x:g}" for x in memory_loss.values())])
-    runs, measured = {}, {}
-    for name, run_config in (("dense", dense), (selective, config)):
-        scheme = run_config.model.scheme
-        runs[scheme] = _train(run_config, folder / name)
-        measured[scheme] = _measure(load_run(folder / name), whole_text)
-        print(scheme, measured[scheme], flush=True)
-
-    gain = measured["dense"]["loss"] - measured["selective"]["loss"]
-    kept = "dense" if gain >= 0 else "selective"
-    options = {
-        "slack": max(gain, 0),
-        "fraction": fraction,
-        "decrement": decrement,
-        "batches": batches,
+    folders = {
+        "dense": folder / "dense",
+        "selective": folder / selective,
+        "pruned": folder / selective,
+        "tuned": folder / f"{selective}_{share:g}",
     }
-    steps = _search(PruneConfig(str(folder / selective), **options), deadline)
+    data = Dataset(config.data, seed=config.seed, align=config.align)
+    whole_text = data.validation_batches(_ALL)
+    runs, measured = {}, {}
 
-    run = load_run(folder / selective, steps[-1]["step"])
-    chosen = _last_within(measured[kept]["loss"], steps, run, whole_text)
-    pruned = with_budgets(run.config, steps[chosen]["budgets"])
-    model = build_model(pruned, run.tokenizer.vocab_size)
-    measured["pruned"] = _measure(
-        dataclasses.replace(run, config=pruned, model=model), whole_text
+    def measure_run(name):
+        measured[name] = _measure(load_run(folders[name]), whole_text)
+        print(name, measured[name], flush=True)
+
+    def train_run(name, config):
+        runs[name] = _train(config, folders[name])
+        measure_run(name)
+
+    first, last = _parts(config)
+    train_run("dense", dense)
+    train_run("selective", first)
+    search = PruneConfig(
+        str(folders["selective"]),
+        slack=_ANY,  # what counts is the loss after the last steps
+        share=share,
+        fraction=fraction,
+        decrement=decrement,
+        batches=batches,
     )
-    print("pruned", measured["pruned"], flush=True)
+    steps = _search(search)
+    measure_run("pruned")
+    last = with_budgets(last, steps[-1]["budgets"])
+    train_run("tuned", dataclasses.replace(last, init=str(folders["pruned"])))
     return {
         "context": config.data.context_length,
         "layers": config.model.num_layers,
         "heads": config.model.num_heads,
         **memory_loss,
+        "share": share,
         "seed": config.seed,
         "text": {
             "train_bytes": data.train_bytes,
@@ -221,9 +229,33 @@ def measure(
             **data.entropies._asdict(),
         },
         "runs": runs,
-        "search": {"kept": kept, **options, "steps": steps, "chosen": chosen},
+        "search": {
+            "fraction": fraction,
+            "decrement": decrement,
+            "batches": batches,
+            "steps": steps,
+        },
         "measured": measured,
     }
+
+
+def _parts(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
+    """A run until the learning rate falls, and the rest of it without memory loss."""
+    last_steps = round(config.optimizer.decay_fraction * config.steps)
+    first = dataclasses.replace(
+        config,
+        steps=config.steps - last_steps,
+        optimizer=dataclasses.replace(config.optimizer, decay_fraction=0.0),
+    )
+    last = dataclasses.replace(
+        config,
+        steps=last_steps,
+        optimizer=dataclasses.replace(
+            config.optimizer, warmup_steps=_LAST_WARMUP, decay_fraction=1.0
+        ),
+        memory_loss_weight=0.0,
+    )
+    return first, last
 
 
 def _train(config: TrainConfig, out: pathlib.Path) -> dict[str, Any]:
@@ -246,7 +278,8 @@ def _without_folders(config: TrainConfig) -> TrainConfig:
     paths = tuple(pathlib.Path(path).name for path in config.data.paths)
     tokenizer = config.data.tokenizer and pathlib.Path(config.data.tokenizer).name
     data = dataclasses.replace(config.data, paths=paths, tokenizer=tokenizer)
-    return dataclasses.replace(config, data=data, out=None)
+    init = config.init and pathlib.Path(config.init).name
+    return dataclasses.replace(config, data=data, out=None, init=init)
 
 
 def _show(name: str) -> Callable[[Row], None]:
@@ -260,40 +293,13 @@ def _show(name: str) -> Callable[[Row], None]:
     return show
 
 
-def _search(config: PruneConfig, deadline: float) -> list[dict[str, Any]]:
-    """The steps of `jattn prune` until the deadline."""
+def _search(config: PruneConfig) -> list[dict[str, Any]]:
+    """The steps of `jattn prune`."""
     steps = []
     for state in prune(config):
         steps.append(dataclasses.asdict(state))
-        print(
-            f"{state.loss:.4f} of {state.limit:.4f}, {state.share:.1%} {state.budgets}",
-            flush=True,
-        )
-        if time.perf_counter() > deadline:
-            break
+        print(f"{state.loss:.4f}, {state.share:.1%} {state.budgets}", flush=True)
     return steps
-
-
-def _last_within(
-    limit: float, steps: list[dict[str, Any]], run: TrainedModel, batches: list[Batch]
-) -> int:
-    """The last step of a search with at most that loss on those batches, or the first.
-
-    The losses are kept with the steps they were measured for.
-    """
-    losses = make_budget_evaluator(run.model, run.config, run.params, batches)
-    whole = run.config.data.context_length
-    budgets = [[whole if x is None else x for x in step["budgets"]] for step in steps]
-    for end in range(len(steps), 0, -_SIDE_BY_SIDE):
-        chosen = range(max(0, end - _SIDE_BY_SIDE), end)
-        found = losses(np.array([budgets[i] for i in chosen], np.int32))
-        for i, loss in zip(chosen, found, strict=True):
-            steps[i]["whole_text_loss"] = float(loss)
-        if within := [
-            i for i, loss in zip(chosen, found, strict=True) if loss <= limit
-        ]:
-            return within[-1]
-    return 0
 
 
 def _measure(run: TrainedModel, batches: list[Batch]) -> dict[str, Any]:
@@ -314,23 +320,24 @@ def main(
     *,
     out: pathlib.Path,
     context: int,
+    share: float,
     text: tuple[str, ...] = (),
     vocabulary: int | None = None,
-    layers: int = 6,
+    layers: int = 8,
     heads: int = 6,
     memory_loss_weight: float = 0.1,
-    memory_loss_warmup: int = 0,
+    memory_loss_warmup: int = 500,
     memory_tau: float = 4.0,
     steps: int = 2000,
     seed: int = 0,
     folder: pathlib.Path = pathlib.Path("runs/selective_memory"),
-    seconds: float = math.inf,
 ) -> int:
     """Runs the experiment and keeps what it found.
 
     Args:
       out: JSON file; what it says of other runs stays.
       context: Tokens of a row.
+      share: Part of whole contexts at which the search for budgets ends.
       text: Files and folders; the source of Python's standard library if there are
         none.
       vocabulary: Tokens of a byte-pair tokenizer that is trained first; bytes are the
@@ -340,15 +347,13 @@ def main(
       memory_loss_weight: Of the memory loss in the selective model's loss.
       memory_loss_warmup: Steps over which that weight grows.
       memory_tau: Selection from which that loss counts a key as forgotten.
-      steps: Of each of the two models.
+      steps: Of each of the two models; the learning rate falls in the last quarter.
       seed: Of parameters and of the order of the data.
       folder: Of the runs, which go on where they were if they were interrupted.
-      seconds: A search that is not over by then ends.
 
     Returns:
       Exit code.
     """
-    deadline = time.perf_counter() + seconds
     folder = folder / f"{context}_{layers}_{heads}_{seed}"
     tokenizer = None
     if vocabulary is not None:
@@ -366,7 +371,7 @@ def main(
         steps=steps,
         seed=seed,
     )
-    found = measure(config, folder, deadline=deadline)
+    found = measure(config, folder, share=share)
     results = json.loads(out.read_text()) if out.exists() else {"results": []}
     others = [x for x in results["results"] if _key(x) != _key(found)]
     everything = sorted([*others, found], key=_key)
@@ -377,7 +382,8 @@ def main(
 def _key(found: dict[str, Any]) -> list[float]:
     memory_loss = ("memory_loss_weight", "memory_loss_warmup", "memory_tau")
     return [
-        found[name] for name in ("context", "layers", "heads", *memory_loss, "seed")
+        found[name]
+        for name in ("context", "layers", "heads", *memory_loss, "share", "seed")
     ]
 
 

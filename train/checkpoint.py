@@ -204,6 +204,15 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
 
+def has_checkpoint(out: str | None) -> bool:
+    """Whether there is a run in this folder that can be continued."""
+    folder = None if out is None else Path(out) / "checkpoints"
+    if folder is None or not folder.is_dir():
+        return False
+    with Checkpoints(folder) as checkpoints:
+        return checkpoints.latest_step() is not None
+
+
 def _validation_loss(metrics: Any) -> float:
     return metrics["validation_loss"]
 

@@ -22,7 +22,7 @@ from jax.interpreters import partial_eval
 
 from jattn.train.budgets import read_budgets, with_budgets
 from jattn.train.build import build_model, model_errors, parameter_count
-from jattn.train.checkpoint import Checkpoints
+from jattn.train.checkpoint import Checkpoints, has_checkpoint
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.corpus import Entropies
 from jattn.train.data import Dataset, Tokenizer, load_tokenizer
@@ -103,16 +103,22 @@ def train(
         batches = data.train_iterator()
         held_out = data.validation_batches(config.eval_batches)
 
-        # Before there is a folder, because this finds sizes that do not fit.
+        # Before there is a folder, because these two find what does not fit.
         with model_errors():
             initial, shapes = jax.make_jaxpr(
                 lambda: init_state(model, optimizer, config), return_shape=True
             )()
 
+        params = None
+        if config.init is not None and not has_checkpoint(config.out):
+            params = _params_of(config.init, shapes.params)
+
         checkpoints = _open_checkpoints(config, stack)
         state, step = _restore_or_init(
             initial, shapes, config, checkpoints, data, batches
         )
+        if params is not None:
+            state = state.replace(params=params)
         rows, report = _open_logs(config, step, progress, callback, stack)
 
         def save(validation: Evaluation | None) -> None:
@@ -240,6 +246,26 @@ def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
             shapes = jax.eval_shape(lambda: init_params(model, config))
         params = checkpoints.restore_params(step, shapes)
     return TrainedModel(config, model, params, tokenizer, step)
+
+
+def _params_of(out: str, shapes: Any) -> Any:
+    """The parameters of a run, for a model with parameters of these shapes."""
+    params = load_run(out).params
+    there, here = _shapes_by_name(params), _shapes_by_name(shapes)
+    for name in sorted(there | here):
+        if there.get(name) != here.get(name):
+            raise UserError(
+                f"this run cannot begin with the parameters of {out}: {name} is "
+                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
+            )
+    return params
+
+
+def _shapes_by_name(params: Any) -> dict[str, tuple[int, ...]]:
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+    }
 
 
 def _open_checkpoints(

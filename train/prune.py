@@ -37,6 +37,8 @@ class PruneConfig:
       fraction: Part of its tokens that a budget is lowered by as long as that is more
         than decrement. Halved for a budget that cannot be lowered by so much: the
         search is coarse at first and fine in the end.
+      share: Part of whole contexts that is never gone below, although the loss would
+        allow it; with a large slack, the search ends at a size instead of a loss.
       batches: Batches to measure; those of the run's evaluations if None.
       step: Which checkpoint; the one with the least validation loss if None.
     """
@@ -47,6 +49,7 @@ class PruneConfig:
     slack: float = 0.0
     decrement: int | None = None
     fraction: float = 0.0
+    share: float = 0.0
     batches: int | None = None
     step: int | None = None
 
@@ -58,10 +61,12 @@ class PruneConfig:
             raise UserError(f"max_loss must be greater than 0; got {self.max_loss}")
         if not 0 <= self.slack < math.inf:
             raise UserError(f"slack must be 0 or greater; got {self.slack}")
-        if not 0 <= self.fraction < 1:
-            raise UserError(
-                f"fraction must be at least 0 and less than 1; got {self.fraction}"
-            )
+        for name in ("fraction", "share"):
+            value = getattr(self, name)
+            if not 0 <= value < 1:
+                raise UserError(
+                    f"{name} must be at least 0 and less than 1; got {value}"
+                )
         for name in ("decrement", "batches"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -130,6 +135,7 @@ def prune(config: PruneConfig) -> Iterator[PruneStep]:
         context=context,
         decrement=config.decrement or max(1, context // 16),
         fraction=config.fraction,
+        end=math.floor(config.share * context * len(layers)),
         limit=None if limit is None else limit + config.slack,
         slack=config.slack,
     )
@@ -182,6 +188,7 @@ def search_budgets(
     context: int,
     decrement: int,
     fraction: float = 0.0,
+    end: int = 0,
     limit: float | None,
     slack: float = 0.0,
 ) -> Iterator[Found]:
@@ -199,6 +206,7 @@ def search_budgets(
       decrement: The least a budget is lowered by, down to MIN_BUDGET.
       fraction: Part of a budget that it is lowered by if that is more. Halved for a
         layer in which so much exceeds the limit.
+      end: Sum of the budgets at which the search ends.
       limit: The largest loss allowed; the first one plus slack if None.
       slack: See limit.
 
@@ -226,9 +234,11 @@ def search_budgets(
     measured: dict[int, float] = {}
     while True:
         layer = int(np.argmin(costs))
-        if costs[layer] == np.inf:
+        spare = int(np.sum(budgets)) - end
+        if costs[layer] == np.inf or spare <= 0:
             return
         less = max(decrement, int(fractions[layer] * budgets[layer]))
+        less = min(less, spare)
         lowered = budgets.copy()
         lowered[layer] = max(budgets[layer] - less, min(MIN_BUDGET, context))
         if layer in measured:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,48 @@ def test_a_run_can_go_on_for_longer(whole, path, tmp_path):
     longer = train(dataclasses.replace(short, steps=10))
     assert longer.step == 10
     assert [row["step"] for row in longer.rows] == [3, 4, 5, 5, 6, 8, 9, 10, 10]
+
+
+# With so small a learning rate, no parameter changes.
+STILL = dict(steps=1, learning_rate=1e-30)
+
+
+@pytest.mark.parametrize("scheme", ["dense", "selective"])
+def test_a_run_begins_with_the_parameters_of_another(whole, path, scheme):
+    result = train(runs.config(path, scheme=scheme, init=whole.config.out, **STILL))
+    assert result.step == 1
+    chex.assert_trees_all_equal(result.params, load_run(whole.config.out).params)
+
+
+def test_the_run_it_began_with_is_not_needed_to_continue(whole, path, tmp_path):
+    one, other = tmp_path / "one", tmp_path / "other"
+    shutil.copytree(whole.config.out, one)
+    config = runs.config(path, init=str(one), out=str(other), **STILL)
+    train(config)
+    shutil.rmtree(one)
+    longer = dataclasses.replace(config, steps=2)
+    assert train(longer).step == 2
+    shutil.rmtree(other / "checkpoints")
+    with pytest.raises(UserError, match=f"{one} holds no run"):
+        train(longer)
+
+
+@pytest.mark.parametrize(
+    ("fields", "difference"),
+    [
+        ({"features": 32}, r"blocks/\S+ is \(16,.*\) there and \(32,.*\) here"),
+        ({"num_layers": 2}, r"blocks/layer_1/\S+ is absent there and \(.*\) here"),
+        ({"scheme": "monarch"}, r"\S+ is .*absent"),
+    ],
+)
+def test_parameters_that_do_not_fit_are_named(
+    whole, path, tmp_path, fields, difference
+):
+    out = tmp_path / "run"
+    config = runs.config(path, init=whole.config.out, out=str(out), **fields)
+    with pytest.raises(UserError, match=f"cannot begin with .*{difference}"):
+        train(config)
+    assert not out.exists()
 
 
 def test_another_configuration_in_the_same_folder_is_refused(whole):

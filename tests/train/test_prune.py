@@ -183,6 +183,21 @@ def test_the_search_is_coarse_at_first_and_fine_in_the_end():
     assert min(lowered) == 4
 
 
+@pytest.mark.parametrize("fraction", [0.0, 0.3])
+def test_the_search_ends_at_a_size(fraction):
+    *_, before, last = search_budgets(
+        lambda candidates: np.sum(np.array([1.0, 4.0]) / candidates, axis=1),
+        num_layers=2,
+        context=64,
+        decrement=4,
+        fraction=fraction,
+        end=41,
+        limit=9.0,
+    )
+    assert before.budgets.sum() > last.budgets.sum() == 41
+    assert last.loss < 0.5
+
+
 def test_a_layer_gives_up_what_it_can_before_another_pays_more():
     def losses(budgets):
         # Each token of the one costs ten times as much as those that the other can do
@@ -298,6 +313,16 @@ def test_a_pruned_run_keeps_its_loss_with_less_cache(run):
     assert found.loss == pytest.approx(last.loss, rel=1e-5)
 
 
+def test_a_run_is_pruned_to_a_size_and_goes_on_with_it(run, path):
+    *_, last = prune(PruneConfig(run=run, slack=9.0, decrement=6, share=0.3))
+    assert sum(last.budgets) == 19  # of 64
+    config = with_budgets(selective(path, init=run, learning_rate=1e-3), last.budgets)
+    tuned = train(config)
+    assert tuned.validation.loss < last.loss
+    cache = tuned.model.init_cache(1, 32)
+    assert tuple(x.position.shape[1] for x in cache[1:]) == last.budgets
+
+
 def test_other_checkpoints_have_no_budgets(run):
     write_budgets(run, 3, (7, None), loss=1.0, limit=1.1)
     write_budgets(run, 6, (9, 4), loss=1.0, limit=1.1)
@@ -382,6 +407,7 @@ def test_what_kernels_skip_is_reported(run, capsys, monkeypatch):
         ({"slack": float("nan")}, "slack must be 0 or greater; got nan"),
         ({"decrement": 0}, "decrement must be greater than 0; got 0"),
         ({"fraction": 1.0}, "fraction must be at least 0 and less than 1; got 1"),
+        ({"share": -0.1}, r"share must be at least 0 and less than 1; got -0\.1"),
         ({"batches": 0}, "batches must be greater than 0; got 0"),
     ],
 )

@@ -14,7 +14,9 @@ from tests.train import runs
 def experiment(tmp_path, compiled_programs, monkeypatch):
     """Runs it with a seed; what the file of results says then."""
     del compiled_programs
-    config = runs.config(runs.write_text(tmp_path), steps=12)
+    config = runs.config(
+        runs.write_text(tmp_path), steps=12, schedule="wsd", decay_fraction=0.25
+    )
     out = tmp_path / "results.json"
 
     def run(seed, **options):
@@ -24,35 +26,52 @@ def experiment(tmp_path, compiled_programs, monkeypatch):
             return dataclasses.replace(config, model=model, data=data, seed=seed)
 
         monkeypatch.setattr(selective_memory, "recipe", recipe)
-        options |= {"context": 32, "seed": seed, "folder": tmp_path / "runs"}
+        monkeypatch.setattr(selective_memory, "_LAST_WARMUP", 0)
+        options |= {"context": 32, "share": 0.3, "seed": seed}
+        options["folder"] = tmp_path / "runs"
         assert not selective_memory.main(out=out, **options)
         return json.loads(out.read_text())["results"]
 
     return run
 
 
-def test_it_trains_prunes_and_keeps_what_it_found(experiment, tmp_path):
+def test_it_trains_prunes_goes_on_and_keeps_what_it_found(experiment, tmp_path):
     (result,) = experiment(1)
-    for scheme in ("dense", "selective"):
-        run = result["runs"][scheme]
-        assert TrainConfig.from_json(run["config"]).model.scheme == scheme
+    configs, budgets = {}, result["search"]["steps"][-1]["budgets"]
+    for name, evaluations in (("dense", 4), ("selective", 3), ("tuned", 1)):
+        run = result["runs"][name]
+        assert run["parameters"] == result["runs"]["dense"]["parameters"]
+        configs[name] = TrainConfig.from_json(run["config"])
         losses = [x["validation_loss"] for x in run["rows"] if "validation_loss" in x]
-        assert len(losses) == 4
-        assert losses[-1] < losses[0]
-    assert result["runs"]["dense"]["parameters"] == run["parameters"]
+        assert len(losses) == evaluations
+        assert losses[-1] == min(losses)
+    dense, selective, tuned = configs.values()
+    assert dense.model.scheme == "dense"
+    assert selective.model.scheme == tuned.model.scheme == "selective"
+    assert dense.steps == selective.steps + tuned.steps
+    assert selective.model.selective.budgets == ()
+    assert tuned.model.selective.budgets == tuple(budgets)
+    assert tuned.init == "selective_0.1_0_1"
+
+    # The learning rates of both parts are those of the dense run.
+    rates = {
+        name: [x["learning_rate"] for x in run["rows"] if "learning_rate" in x]
+        for name, run in result["runs"].items()
+    }
+    assert rates["selective"] == rates["dense"][:-1]
+    assert rates["tuned"][-1] == pytest.approx(rates["dense"][-1])
 
     measured, steps = result["measured"], result["search"]["steps"]
     assert steps[0]["budgets"] == [None]
-    assert steps[-1]["loss"] <= steps[-1]["limit"]
-    chosen = steps[result["search"]["chosen"]]
-    assert chosen["cache_bytes"] == measured["pruned"]["cache_bytes"]
-    assert chosen["whole_text_loss"] == pytest.approx(measured["pruned"]["loss"])
-    kept = measured[result["search"]["kept"]]["loss"]
-    assert measured["pruned"]["loss"] <= kept + 1e-6
+    assert sum(steps[-1]["budgets"]) == 9  # of 32
+    assert steps[-1]["cache_bytes"] == measured["pruned"]["cache_bytes"]
+    assert measured["tuned"]["cache_bytes"] == measured["pruned"]["cache_bytes"]
+    assert measured["selective"]["cache_bytes"] == steps[0]["cache_bytes"]
+    assert measured["tuned"]["loss"] < measured["pruned"]["loss"]
     assert measured["dense"]["memory"] is None
     assert str(tmp_path) not in json.dumps(result)
 
-    # Other seeds stay; the same one is replaced, and its search does not count.
+    # Other seeds stay; the same one is replaced by what its folders hold.
     other, same = experiment(0)
     assert same == result
     again = experiment(1)
