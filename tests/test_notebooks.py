@@ -18,8 +18,8 @@ PRINTED = {
         "dense: 39,169 parameters, 0.",
     ),
     "03_selective_memory": (
-        "512 tokens, 6 layers, seed 0: validation loss",
-        "1024 tokens, 6 layers, seed 0: validation loss",
+        "512 tokens, seed 0: validation loss",
+        "1024 tokens, seed 1: validation loss",
     ),
 }
 

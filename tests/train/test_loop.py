@@ -148,7 +148,7 @@ def test_a_run_can_go_on_for_longer(whole, path, tmp_path):
 STILL = dict(steps=1, learning_rate=1e-30)
 
 
-@pytest.mark.parametrize("scheme", ["dense", "selective"])
+@pytest.mark.parametrize("scheme", ["dense", "moba", "selective"])
 def test_a_run_begins_with_the_parameters_of_another(whole, path, scheme):
     result = train(runs.config(path, scheme=scheme, init=whole.config.out, **STILL))
     assert result.step == 1
