@@ -28,6 +28,9 @@ from jattn.pallas import _device, _sharding
 # Mosaic GPU compiles to the instructions of Hopper; later GPUs have others.
 CAPABILITY = 90
 
+# Of the heads that kernels for usual ones have.
+WIDTHS = (64, 128)
+
 # What a thread block may have, in bytes, but for barriers.
 SHARED_MEMORY = 226 * 1024
 
@@ -59,8 +62,9 @@ def unsupported(query: jax.Array, value: jax.Array, *, packed: bool) -> str | No
     if query.dtype not in (jnp.bfloat16, jnp.float16):
         return f"query, key and value must be bf16 or fp16, not {query.dtype}"
     widths = query.shape[-1], value.shape[-1]
-    if widths not in ((64, 64), (128, 128)):
-        return f"keys and values must both be 64 or 128 wide, not {widths}"
+    if widths not in [(width, width) for width in WIDTHS]:
+        wanted = " or ".join(map(str, WIDTHS))
+        return f"keys and values must both be {wanted} wide, not {widths}"
     return None
 
 

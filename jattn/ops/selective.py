@@ -141,10 +141,9 @@ def selective_attention(
         held = None if budget is None else jnp.asarray(budget, jnp.int32)
         tau = None if memory_tau is None else float(memory_tau)
         arrays = vary_alike(query, key, value, first_row, starts, held)
-        attended: tuple[jax.Array, jax.Array, jax.Array | None] = kernel.attend(
-            *arrays, scale, float(skip_error), tau
+        out, lse, memory = kernel.attend(
+            *arrays, scale=scale, skip_error=float(skip_error), memory_tau=tau
         )
-        out, lse, memory = attended
     else:
         out, lse, memory, *_ = attend_positions(
             query,

@@ -14,7 +14,8 @@ few programs share a tile, and else computed once more, by a program that has al
 If its sums over queries are kept as well, one kernel goes through it once. The memory
 term adds to it where F is below tau, which takes two kernels.
 
-What attends with F, forward and backward, is Mosaic GPU's if that supports the call.
+What attends with F, forward and backward, is Mosaic GPU's if that supports the call,
+or would with somewhat wider heads.
 
 A budget takes a pass through F first, in which every query drops a key. It computes F
 once more, all of it and a chunk at a time, and one program for each row of the batch
@@ -34,12 +35,12 @@ import jax
 import jax.numpy as jnp
 
 from jattn.ops._common import document_starts
+from jattn.pallas import _mosaic
 from jattn.pallas.selective import by_keys, by_queries, eviction
 from jattn.pallas.selective.cotangents import Cotangents
 from jattn.pallas.selective.work import Work
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
 def attend(
     query: jax.Array,
     key: jax.Array,
@@ -47,6 +48,7 @@ def attend(
     initial_mask: jax.Array,
     starts: jax.Array | None,
     budget: jax.Array | None,
+    *,
     scale: float,
     skip_error: float = 0.0,
     memory_tau: float | None = None,
@@ -71,6 +73,30 @@ def attend(
       Output [B, T, N, V], log-sum-exp [B, T, N] and memory term [B, T] or None, both in
       fp32.
     """
+    arrays = *_widened(query, key, value), initial_mask, starts, budget
+    out, lse, memory = _attend(*arrays, scale, skip_error, memory_tau)
+    return out[..., : value.shape[-1]], lse, memory
+
+
+def _widened(query, key, value):
+    """Query, key and value, with zeros up to a width that kernels in Mosaic have.
+
+    Zeros change no product. Heads are never filled up to more than twice their width,
+    which Triton's kernels, whose tiles have powers of 2, would do as well.
+    """
+    widest = max(query.shape[-1], value.shape[-1])
+    for width in _mosaic.WIDTHS:
+        if width // 2 < widest <= width:
+            wide = [_mosaic.padded(x, 3, width) for x in (query, key, value)]
+            if _mosaic.unsupported(wide[0], wide[2], packed=False) is None:
+                return wide
+    return query, key, value
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8))
+def _attend(
+    query, key, value, initial_mask, starts, budget, scale, skip_error, memory_tau
+):
     arrays = query, key, value, initial_mask, starts, budget
     return _attend_forward(*arrays, scale, skip_error, memory_tau)[0]
 
@@ -95,7 +121,7 @@ def _attend_backward(scale, skip_error, memory_tau, residuals, gradients):
     return *backward(work, carries, out, lse, *gradients), None, None
 
 
-attend.defvjp(_attend_forward, _attend_backward)
+_attend.defvjp(_attend_forward, _attend_backward)
 
 
 def backward(
@@ -152,7 +178,8 @@ def prefill(
       Output [B, T, N, V]; row F of the query after the last, fp32 [B, T]; and the first
       query that no longer holds each key, int32 [B, T], T where all later ones do.
     """
-    arguments = query, key, value, None, scale, skip_error, None
+    wide = _widened(query, key, value)
+    arguments = *wide, None, scale, skip_error, None
     work = Work(*arguments)
     carries, following = work.carries(jnp.zeros(key.shape[:2], jnp.float32))
     expiry = jnp.full((work.batch, work.columns), work.queries, jnp.int32)
@@ -160,6 +187,7 @@ def prefill(
         expiry = eviction.expiry(work, carries, budget)
         work = Work(*arguments, work.least, expiry)
     out, *_ = by_queries.forward(work, carries)
+    out = out[..., : value.shape[-1]]
     return out, scale * following[:, : work.keys], expiry[:, : work.keys]
 
 

@@ -183,7 +183,15 @@ def test_automatic_choice_is_the_kernel():
 
 
 @pytest.mark.parametrize(
-    ("changes", "chosen"), [({}, True), ({"packed": True}, True), ({"h": 96}, False)]
+    ("changes", "chosen"),
+    [
+        ({}, True),
+        ({"packed": True}, True),
+        ({"h": 96}, True),
+        ({"h": 80, "v": 40}, True),
+        ({"h": 32, "v": 24}, False),
+        ({"h": 192}, False),
+    ],
 )
 def test_gradients_are_mosaics(changes, chosen):
     arrays, options, cotangents = inputs({"t": 257} | changes)

@@ -85,7 +85,8 @@ def kernel_form(
     budget = None if budget is None else jnp.int32(budget)
 
     def attend(*arrays):
-        return kernel.attend(*arrays, starts, budget, scale, skip_error, memory_tau)
+        options = dict(scale=scale, skip_error=skip_error, memory_tau=memory_tau)
+        return kernel.attend(*arrays, starts, budget, **options)
 
     return jax.jit(functools.partial(value_and_gradients, attend))
 
@@ -349,9 +350,11 @@ def test_nothing_is_skipped_that_matters():
 def test_other_documents_may_hold_anything(other):
     arrays, _ = inputs(t=128)
     starts = document_starts(documents(64, 64))
-    plain = kernel.attend(*arrays, starts, None, 0.25, 0.0, 1.0)
+    plain = kernel.attend(*arrays, starts, None, scale=0.25, memory_tau=1.0)
     poisoned = [x.at[:, other].set(jnp.nan) for x in arrays[:3]]
-    changed = kernel.attend(*poisoned, arrays[3], starts, None, 0.25, 0.0, 1.0)
+    changed = kernel.attend(
+        *poisoned, arrays[3], starts, None, scale=0.25, memory_tau=1.0
+    )
     for x, y in zip(changed, plain, strict=True):
         x, y = (np.delete(z, other, axis=1) for z in (x, y))
         np.testing.assert_array_equal(x, y)
@@ -364,7 +367,7 @@ def test_the_kernels_mask_is_exact_where_nothing_is_forgotten():
     (query, key, _, first_row), _ = inputs(t=t, n=2, k=1)
     query = query.at[:, :, 1].set(0)
     value = jnp.eye(t)[None, :, None]
-    out, *_ = kernel.attend(query, key, value, first_row, None, None, 1.0)
+    out, *_ = kernel.attend(query, key, value, first_row, None, None, scale=1.0)
     weights = np.asarray(out)[0, :, 1]
     mask = np.asarray(selection_mask(query, key, scale=1.0))[0]
     visible = np.tril(np.ones((t, t)))
@@ -421,7 +424,9 @@ def test_the_operation_runs_it_on_request(monkeypatch):
     monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
     starts = document_starts(segment_ids)
     first_row = jnp.zeros(segment_ids.shape)
-    expected = kernel.attend(*arrays, first_row, starts, None, 0.25, 0.0, 0.7)
+    expected = kernel.attend(
+        *arrays, first_row, starts, None, scale=0.25, memory_tau=0.7
+    )
     actual = attend(implementation="triton", return_lse=True, memory_tau=0.7)
     jax.tree.map(np.testing.assert_array_equal, actual, expected)
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from jattn.ops.selective import selective_attention
+from jattn.ops.selective_decode import prefill_selective_attention
 from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas.selective import mosaic, work
 from jattn.pallas.selective import triton as kernel
@@ -37,6 +38,9 @@ CASES = {
         memory_tau=0.7,
         tiling=mosaic.Tiling(1, 1, 64, 1, 4, 2, 2),
     ),
+    "heads that are filled up": dict(
+        n=1, h=40, v=56, memory_tau=0.7, tiling=mosaic.Tiling(1, 1, 64, 1, 4, 2, 2)
+    ),
     "a budget": dict(
         t=200,
         n=1,
@@ -47,11 +51,11 @@ CASES = {
 }
 
 
-def inputs(b=1, t=150, s=None, n=2, k=None, h=64):
+def inputs(b=1, t=150, s=None, n=2, k=None, h=64, v=None):
     """Query, key, value and first row of F."""
-    s, k = s or t, k or n
+    s, k, v = s or t, k or n, v or h
     *arrays, first_row = normal(
-        0, (b, t, n, h), (b, s, k, h), (b, s, k, h), (b, s), dtype=jnp.float16
+        0, (b, t, n, h), (b, s, k, h), (b, s, k, v), (b, s), dtype=jnp.float16
     )
     # Only keys before the first query are selected before it.
     first_row = jnp.abs(first_row).astype(jnp.float32)
@@ -104,6 +108,32 @@ def test_equals_the_jnp_form(monkeypatch, name):
         assert x.shape == y.shape
         assert x.dtype == y.dtype
         assert relative_rms(x, expected) <= max(2 * relative_rms(y, expected), 2e-6)
+
+
+@pytest.mark.usefixtures("chosen", "no_races")
+def test_prompts_may_have_heads_that_are_filled_up():
+    *arrays, _ = inputs(n=1, h=40, v=56)
+
+    def prefill(implementation):
+        return prefill_selective_attention(
+            *arrays,
+            jnp.array([150]),
+            budget=30,
+            skip_error=0.0,
+            scale=0.2,
+            implementation=implementation,
+        )
+
+    with tuning.force(
+        "selective_forward_mosaic", mosaic.Tiling(1, 1, 64, 1, 4, 2, 2)
+    ) as requests:
+        actual = prefill("triton")
+    assert requests
+    expected = prefill("xla")
+    assert actual[0].shape == expected[0].shape
+    assert relative_rms(actual[0], expected[0]) <= 1e-3
+    assert relative_rms(actual[1], expected[1]) <= 1e-5
+    np.testing.assert_array_equal(actual[2], expected[2])
 
 
 @pytest.mark.usefixtures("chosen", "no_races")

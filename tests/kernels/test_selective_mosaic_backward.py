@@ -15,7 +15,7 @@ from jax.sharding import AxisType, PartitionSpec
 
 from jattn.ops._common import document_starts
 from jattn.ops.selective import selective_attention
-from jattn.pallas import _mosaic, tuning
+from jattn.pallas import _mosaic, _triton, tuning
 from jattn.pallas.selective import (
     by_keys,
     mosaic_key_gradient,
@@ -166,6 +166,37 @@ def test_skipped_keys_are_not_read(backward):
     # Nobody forgets the first key, and the last queries need none of these.
     changed = run((query, key, value.at[:, 128:256].set(jnp.nan), first_row))
     np.testing.assert_array_equal(changed[0][:, 384:, 0], actual[0][:, 384:, 0])
+
+
+@pytest.mark.usefixtures("no_races")
+def test_heads_may_be_filled_up(monkeypatch):
+    monkeypatch.setattr(_mosaic, "unavailable", lambda: None)
+    monkeypatch.setattr(_triton, "unavailable", lambda *_: None)
+    arrays = normal(0, (1, 130, 2, 40), (1, 130, 1, 40), (1, 130, 1, 56))
+    (cotangent,) = normal(1, (1, 130, 2, 56))
+
+    def gradients(implementation, dtype):
+        attend = functools.partial(selective_attention, implementation=implementation)
+        _, pullback = jax.vjp(attend, *(x.astype(dtype) for x in arrays))
+        return pullback(cotangent.astype(dtype))
+
+    names = "selective_query_gradient_mosaic", "selective_key_gradient_mosaic"
+    tilings = (
+        mosaic_query_gradient.tiling(64, 2, 2),
+        mosaic_key_gradient.tiling(64, 2, 2),
+    )
+    with contextlib.ExitStack() as stack:
+        requests = [
+            stack.enter_context(tuning.force(*x))
+            for x in zip(names, tilings, strict=True)
+        ]
+        actual = gradients("triton", jnp.float16)
+    assert all(requests)
+    plain, exact = (gradients("xla", x) for x in (jnp.float16, jnp.float32))
+    for x, y, expected in zip(actual, plain, exact, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        assert relative_rms(x, expected) <= 2 * relative_rms(y, expected)
 
 
 def shape(*sizes, dtype=jnp.bfloat16):
