@@ -188,7 +188,7 @@ def measure(
         "pruned": folder / selective,
         "tuned": folder / f"{selective}_{share:g}",
     }
-    data = Dataset(config.data, seed=config.seed, align=config.align)
+    data = Dataset.of(config)
     whole_text = data.validation_batches(_ALL)
     runs, measured = {}, {}
 
@@ -197,7 +197,7 @@ def measure(
         print(name, measured[name], flush=True)
 
     def train_run(name, config):
-        runs[name] = _train(config, folders[name])
+        runs[name] = _train(config, folders[name], data)
         measure_run(name)
 
     first, last = _parts(config)
@@ -211,7 +211,7 @@ def measure(
         decrement=decrement,
         batches=batches,
     )
-    steps = _search(search)
+    steps = _search(search, data)
     measure_run("pruned")
     last = with_budgets(last, steps[-1]["budgets"])
     train_run("tuned", dataclasses.replace(last, init=str(folders["pruned"])))
@@ -258,11 +258,12 @@ def _parts(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
     return first, last
 
 
-def _train(config: TrainConfig, out: pathlib.Path) -> dict[str, Any]:
+def _train(config: TrainConfig, out: pathlib.Path, data: Dataset) -> dict[str, Any]:
     """What is in the file of results about the training of one model."""
     # An earlier search must not change what is measured before the next one.
     budgets_path(out).unlink(missing_ok=True)
-    result = train(dataclasses.replace(config, out=str(out)), callback=_show(out.name))
+    config = dataclasses.replace(config, out=str(out))
+    result = train(config, data=data, callback=_show(out.name))
     return {
         "config": _without_folders(result.config).to_json(),
         "parameters": result.parameter_count,
@@ -293,10 +294,10 @@ def _show(name: str) -> Callable[[Row], None]:
     return show
 
 
-def _search(config: PruneConfig) -> list[dict[str, Any]]:
+def _search(config: PruneConfig, data: Dataset) -> list[dict[str, Any]]:
     """The steps of `jattn prune`."""
     steps = []
-    for state in prune(config):
+    for state in prune(config, data):
         steps.append(dataclasses.asdict(state))
         print(f"{state.loss:.4f}, {state.share:.1%} {state.budgets}", flush=True)
     return steps

@@ -288,7 +288,7 @@ def _evaluate(config: EvalConfig) -> None:
     data_config = run.config.data
     if config.paths:
         data_config = dataclasses.replace(data_config, paths=config.paths)
-    data = Dataset(data_config, seed=run.config.seed, align=run.config.align)
+    data = Dataset.of(dataclasses.replace(run.config, data=data_config))
     batches = config.batches or run.config.eval_batches
     evaluate = make_evaluator(run.model, run.config, data.vocab_size)
     found = evaluate(run.params, data.validation_batches(batches))

@@ -139,12 +139,13 @@ def compare(config: CompareConfig, *, progress: bool = False) -> Comparison:
     tokenizer = load_tokenizer(config.run.data.tokenizer)
     _check_prompt(config, tokenizer)
     runs = scheme_runs(config)
-    results, references = [], {}
+    results, references, data = [], {}, None
     for scheme, run in runs.items():
         path = Path(config.out, scheme, "result.json")
         finished, interrupted = _read_result(path, run, config.prompt), False
         if finished is None:
-            trained = train(run, progress=progress)
+            trained = train(run, data=data, progress=progress)
+            data = trained.data
             if trained.interrupted:
                 return Comparison(results, references, None)
             with StopSignal() as stop:

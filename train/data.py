@@ -11,7 +11,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from jattn.train.config import DataConfig, UserError
+from jattn.train.config import DataConfig, TrainConfig, UserError
 from jattn.train.corpus import (
     Document,
     Entropies,
@@ -202,6 +202,27 @@ class Dataset:
                     "or a smaller context length"
                 )
         self.fingerprint = self._train.fingerprint
+
+    @classmethod
+    def of(cls, config: TrainConfig, data: "Dataset | None" = None) -> "Dataset":
+        """The text of a run.
+
+        Args:
+          config: Of the run.
+          data: That text if it has been read, which may take long; read now if None.
+
+        Raises:
+          UserError: As of `Dataset`; or data is not what this run reads.
+        """
+        if data is None:
+            return cls(config.data, seed=config.seed, align=config.align)
+        there = data._config, data._seed, data._align
+        if there != (config.data, config.seed, config.align):
+            raise UserError(
+                "data was read for another run: its configuration, seed and alignment "
+                f"are {there}, and {(config.data, config.seed, config.align)} here"
+            )
+        return data
 
     def train_iterator(self) -> grain.DatasetIterator:
         """Endless batches, in an order drawn anew from the seed in every epoch.

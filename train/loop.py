@@ -51,7 +51,7 @@ class TrainResult:
       interrupted: Whether a signal ended it.
       parameter_count: Trained numbers.
       validation: After the last step; None if the run was interrupted before it.
-      entropies: Of the validation text, for comparison.
+      data: What it was trained on.
       rows: The lines of metrics, those of earlier parts of the run included.
       tokens_per_second: Median over the lines of metrics; NaN if there are none.
       peak_bytes: What the compiled training step holds at most, state included.
@@ -65,16 +65,22 @@ class TrainResult:
     interrupted: bool
     parameter_count: int
     validation: Evaluation | None
-    entropies: Entropies
+    data: Dataset
     rows: list[Row]
     tokens_per_second: float
     peak_bytes: int
     skipped: int
 
+    @property
+    def entropies(self) -> Entropies:
+        """Of the validation text, for comparison."""
+        return self.data.entropies
+
 
 def train(
     config: TrainConfig,
     *,
+    data: Dataset | None = None,
     progress: bool = False,
     callback: Callable[[Row], None] | None = None,
 ) -> TrainResult:
@@ -85,6 +91,8 @@ def train(
 
     Args:
       config: What to do.
+      data: The text of config.data if it has been read, such as the `data` of a run
+        before; read if None.
       progress: Whether to show a line on the terminal.
       callback: Called with every line of metrics.
 
@@ -94,7 +102,7 @@ def train(
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
-        data = Dataset(config.data, seed=config.seed, align=config.align)
+        data = Dataset.of(config, data)
         model = build_model(config, data.vocab_size)
         optimizer = make_optimizer(config.optimizer, config.steps)
         schedule = make_schedule(config.optimizer, config.steps)
@@ -187,7 +195,7 @@ def train(
         interrupted=interrupted,
         parameter_count=parameter_count(state.params),
         validation=validation,
-        entropies=data.entropies,
+        data=data,
         rows=rows,
         tokens_per_second=statistics.median(speeds) if speeds else math.nan,
         peak_bytes=_peak_bytes(train_step),

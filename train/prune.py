@@ -98,7 +98,7 @@ class PruneStep:
     unpruned_bytes: int
 
 
-def prune(config: PruneConfig) -> Iterator[PruneStep]:
+def prune(config: PruneConfig, data: Dataset | None = None) -> Iterator[PruneStep]:
     """Searches the budgets of a run, and keeps them when the search is over.
 
     All budgets begin with the whole context. Again and again the layer in which a
@@ -108,6 +108,7 @@ def prune(config: PruneConfig) -> Iterator[PruneStep]:
 
     Args:
       config: What to do.
+      data: The text of the run if it has been read; read if None.
 
     Yields:
       The state before the search, and after every budget that was lowered.
@@ -122,7 +123,7 @@ def prune(config: PruneConfig) -> Iterator[PruneStep]:
         raise UserError(f"{config.run} has no selective layers whose cache may shrink")
     layers = model.budget_layers()
     context = run.config.data.context_length
-    data = Dataset(run.config.data, seed=run.config.seed, align=run.config.align)
+    data = Dataset.of(run.config, data)
     batches = data.validation_batches(config.batches or run.config.eval_batches)
     losses = make_budget_evaluator(model, run.config, run.params, batches)
 

@@ -9,11 +9,12 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from unittest import mock
 
 import chex
 import pytest
 
-from jattn.train import UserError, cli, compare
+from jattn.train import UserError, cli, compare, data
 from jattn.train.compare import CompareConfig, scheme_runs
 from jattn.train.config import _flatten
 from jattn.train.data import Dataset
@@ -42,7 +43,10 @@ def config(path, out, schemes=("dense", "selective"), prompt="the ", **fields):
 def whole(path, tmp_path_factory):
     """A comparison that was never interrupted."""
     out = tmp_path_factory.mktemp("whole")
-    return config(path, out), compare.compare(config(path, out))
+    with mock.patch.object(data, "read_corpus", wraps=data.read_corpus) as read:
+        comparison = compare.compare(config(path, out))
+    read.assert_called_once()  # the text of all schemes is the same
+    return config(path, out), comparison
 
 
 @pytest.fixture
@@ -51,12 +55,10 @@ def trained(monkeypatch):
     seen, train = [], compare.train
 
     def patch(watch=lambda scheme, row: None):
-        def spy(run, *, progress):
+        def spy(run, **options):
             scheme = run.model.scheme
             seen.append(scheme)
-            return train(
-                run, progress=progress, callback=lambda row: watch(scheme, row)
-            )
+            return train(run, **options, callback=lambda row: watch(scheme, row))
 
         monkeypatch.setattr(compare, "train", spy)
         return seen

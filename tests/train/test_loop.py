@@ -144,6 +144,15 @@ def test_a_run_can_go_on_for_longer(whole, path, tmp_path):
     assert [row["step"] for row in longer.rows] == [3, 4, 5, 5, 6, 8, 9, 10, 10]
 
 
+def test_text_that_has_been_read_is_not_read_again(whole, path, monkeypatch):
+    monkeypatch.delattr("jattn.train.data.read_corpus")
+    again = train(runs.config(path, **STEPS), data=whole.data)
+    chex.assert_trees_all_equal(again.params, whole.params)
+    for fields in ({"seed": 1}, {"context_length": 64}, {"paths": ("elsewhere",)}):
+        with pytest.raises(UserError, match="data was read for another run"):
+            train(runs.config(path, **STEPS | fields), data=whole.data)
+
+
 # With so small a learning rate, no parameter changes.
 STILL = dict(steps=1, learning_rate=1e-30)
 
