@@ -81,8 +81,8 @@ def attend(
 def _widened(query, key, value):
     """Query, key and value, with zeros up to a width that kernels in Mosaic have.
 
-    Zeros change no product. Heads are never filled up to more than twice their width,
-    which Triton's kernels, whose tiles have powers of 2, would do as well.
+    Zeros change no product. The wider ones of keys and values become less than twice as
+    wide: to that power of 2 to which Triton's kernels would fill up their tiles.
     """
     widest = max(query.shape[-1], value.shape[-1])
     for width in _mosaic.WIDTHS:
