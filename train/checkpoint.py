@@ -204,12 +204,16 @@ class Checkpoints(contextlib.AbstractContextManager):
         )
 
 
+def checkpoints_path(out: str | os.PathLike) -> Path:
+    """The folder of a run's checkpoints."""
+    return Path(out) / "checkpoints"
+
+
 def has_checkpoint(out: str | None) -> bool:
     """Whether there is a run in this folder that can be continued."""
-    folder = None if out is None else Path(out) / "checkpoints"
-    if folder is None or not folder.is_dir():
+    if out is None or not checkpoints_path(out).is_dir():
         return False
-    with Checkpoints(folder) as checkpoints:
+    with Checkpoints(checkpoints_path(out)) as checkpoints:
         return checkpoints.latest_step() is not None
 
 

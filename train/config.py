@@ -476,11 +476,19 @@ _CHANGEABLE = {
 
 def differences(saved: TrainConfig, current: TrainConfig) -> list[str]:
     """Fields that make two runs different ones, as "name is A there and B here"."""
-    there, here = _flatten(saved.to_json()), _flatten(current.to_json())
+    there, here = (
+        {k: v for k, v in _flatten(x.to_json()).items() if k not in _CHANGEABLE}
+        for x in (saved, current)
+    )
+    return differing(there, here)
+
+
+def differing(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """What differs of values by the same names, as "name is A there and B here"."""
     return [
         f"{name} is {there[name]!r} there and {here[name]!r} here"
         for name in here
-        if there[name] != here[name] and name not in _CHANGEABLE
+        if there[name] != here[name]
     ]
 
 

@@ -1,5 +1,6 @@
 """From documents to batches: tokens, pieces of one context, packed rows, batches."""
 
+import dataclasses
 import itertools
 import os
 import zlib
@@ -11,7 +12,7 @@ import grain
 import numpy as np
 import tokenizers
 
-from jattn.train.config import DataConfig, TrainConfig, UserError
+from jattn.train.config import DataConfig, TrainConfig, UserError, differing
 from jattn.train.corpus import (
     Document,
     Entropies,
@@ -216,12 +217,15 @@ class Dataset:
         """
         if data is None:
             return cls(config.data, seed=config.seed, align=config.align)
-        there = data._config, data._seed, data._align
-        if there != (config.data, config.seed, config.align):
-            raise UserError(
-                "data was read for another run: its configuration, seed and alignment "
-                f"are {there}, and {(config.data, config.seed, config.align)} here"
+        there, here = (
+            dataclasses.asdict(text) | {"seed": seed, "align": align}
+            for text, seed, align in (
+                (data._config, data._seed, data._align),
+                (config.data, config.seed, config.align),
             )
+        )
+        if different := differing(there, here):
+            raise UserError(f"data was read for another run: {'; '.join(different)}")
         return data
 
     def train_iterator(self) -> grain.DatasetIterator:

@@ -9,7 +9,6 @@ import statistics
 import threading
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -22,7 +21,7 @@ from jax.interpreters import partial_eval
 
 from jattn.train.budgets import read_budgets, with_budgets
 from jattn.train.build import build_model, model_errors, parameter_count
-from jattn.train.checkpoint import Checkpoints, has_checkpoint
+from jattn.train.checkpoint import Checkpoints, checkpoints_path, has_checkpoint
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.corpus import Entropies
 from jattn.train.data import Dataset, Tokenizer, load_tokenizer
@@ -233,7 +232,7 @@ def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
     Raises:
       UserError: There is no such checkpoint, or the file of budgets is damaged.
     """
-    folder = Path(out) / "checkpoints"
+    folder = checkpoints_path(out)
     if not folder.is_dir():
         raise UserError(f"{out} holds no run; there are no checkpoints in it")
     with Checkpoints(folder) as checkpoints:
@@ -281,7 +280,7 @@ def _open_checkpoints(
 ) -> Checkpoints | None:
     if config.out is None:
         return None
-    folder = Path(config.out) / "checkpoints"
+    folder = checkpoints_path(config.out)
     return stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
 
 

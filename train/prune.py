@@ -103,8 +103,9 @@ def prune(config: PruneConfig, data: Dataset | None = None) -> Iterator[PruneSte
 
     All budgets begin with the whole context. Again and again the layer in which a
     token less costs the least validation loss gives up some, until none can without
-    exceeding the limit. Only then is anything written: a search that ends earlier, or
-    whose iterator is not exhausted, leaves the run as it was.
+    exceeding the limit, or the wanted share is left. Only then is anything written: a
+    search that ends earlier, or whose iterator is not exhausted, leaves the run as it
+    was.
 
     Args:
       config: What to do.

@@ -95,16 +95,11 @@ def select_blocks_by_lse(
     key_cmp: jax.Array,
     lse: jax.Array | None,
     *,
-    kernel_size: int,
-    stride: int,
-    block_size: int,
-    num_blocks: int,
-    num_initial: int,
-    num_local: int,
     length: int | None,
     scale: float | None,
     segment_ids: jax.Array | None,
     implementation: _common.Implementation | None,
+    **sizes: int,
 ) -> jax.Array:
     """`nsa_select_blocks`, which need not normalise scores that are normalised before.
 
@@ -113,16 +108,11 @@ def select_blocks_by_lse(
       key_cmp: [B, M, K, H].
       lse: [B, T, N], the log-sum-exp of `compressed_attention` with the same arguments,
         or None if it is not known.
-      kernel_size: See `nsa_select_blocks`, as for all that follow.
-      stride: Its argument.
-      block_size: Its argument.
-      num_blocks: Its argument.
-      num_initial: Its argument.
-      num_local: Its argument.
-      length: Its argument.
+      length: See `nsa_select_blocks`, as for all that follow.
       scale: Its argument.
       segment_ids: Its argument.
       implementation: Its argument.
+      **sizes: Its six arguments that `check_sizes` takes, all of them.
 
     Returns:
       int32 [B, T, K, num_blocks], ascending; -1 at the end where fewer can be seen.
@@ -131,25 +121,18 @@ def select_blocks_by_lse(
       ValueError: As `nsa_select_blocks` does.
       NotImplementedError: As `nsa_select_blocks` does.
     """
-    sizes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
+    axes = _common.bind_shapes(("query", query, "BTNH"), ("key_cmp", key_cmp, "BMKH"))
     _common.check_floating(query=query, key_cmp=key_cmp)
-    shared = check_sizes(
-        kernel_size=kernel_size,
-        stride=stride,
-        block_size=block_size,
-        num_blocks=num_blocks,
-        num_initial=num_initial,
-        num_local=num_local,
-    )
+    shared = check_sizes(**sizes)
     kernel_size, stride = shared["kernel_size"], shared["stride"]
-    length = check_compressed(sizes, kernel_size, stride, length, segment_ids)
-    shared |= {"length": length, "scale": _common.default_scale(scale, sizes["H"])}
+    length = check_compressed(axes, kernel_size, stride, length, segment_ids)
+    shared |= {"length": length, "scale": _common.default_scale(scale, axes["H"])}
     reason = None
-    if sizes["M"]:
+    if axes["M"]:
         reason = selection.unsupported(
             query,
             key_cmp,
-            lists=sizes["K"],
+            lists=axes["K"],
             blocks=-(-length // shared["block_size"]),
             cells=shared["block_size"] // stride,
             scale=shared["scale"],
@@ -159,7 +142,7 @@ def select_blocks_by_lse(
     )
     positions, starts = query_range(query, length, segment_ids)
     # Without compressed tokens there are no scores, whatever was asked for.
-    if chosen == "triton" and sizes["M"]:
+    if chosen == "triton" and axes["M"]:
         # Triton is an optional dependency.
         from jattn.pallas.selection import triton as kernel
 

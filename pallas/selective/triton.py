@@ -84,12 +84,19 @@ def _widened(query, key, value):
     Zeros change no product. The wider ones of keys and values become less than twice as
     wide: to that power of 2 to which Triton's kernels would fill up their tiles.
     """
+
+    def widened(width):
+        return [_mosaic.padded(x, 3, width) for x in (query, key, value)]
+
     widest = max(query.shape[-1], value.shape[-1])
     for width in _mosaic.WIDTHS:
         if width // 2 < widest <= width:
-            wide = [_mosaic.padded(x, 3, width) for x in (query, key, value)]
-            if _mosaic.unsupported(wide[0], wide[2], packed=False) is None:
-                return wide
+            # Nothing is filled up in vain, as fp32 would be.
+            wide_query, _, wide_value = jax.eval_shape(
+                functools.partial(widened, width)
+            )
+            if _mosaic.unsupported(wide_query, wide_value, packed=False) is None:
+                return widened(width)
     return query, key, value
 
 

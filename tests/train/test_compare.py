@@ -14,9 +14,10 @@ from unittest import mock
 import chex
 import pytest
 
-from jattn.train import UserError, cli, compare, data
+from jattn.train import UserError, cli, compare
 from jattn.train.compare import CompareConfig, scheme_runs
 from jattn.train.config import _flatten
+from jattn.train.corpus import read_corpus
 from jattn.train.data import Dataset
 from jattn.train.metrics import read_rows
 from tests.train import runs
@@ -43,7 +44,7 @@ def config(path, out, schemes=("dense", "selective"), prompt="the ", **fields):
 def whole(path, tmp_path_factory):
     """A comparison that was never interrupted."""
     out = tmp_path_factory.mktemp("whole")
-    with mock.patch.object(data, "read_corpus", wraps=data.read_corpus) as read:
+    with mock.patch("jattn.train.data.read_corpus", wraps=read_corpus) as read:
         comparison = compare.compare(config(path, out))
     read.assert_called_once()  # the text of all schemes is the same
     return config(path, out), comparison

@@ -148,9 +148,15 @@ def test_text_that_has_been_read_is_not_read_again(whole, path, monkeypatch):
     monkeypatch.delattr("jattn.train.data.read_corpus")
     again = train(runs.config(path, **STEPS), data=whole.data)
     chex.assert_trees_all_equal(again.params, whole.params)
-    for fields in ({"seed": 1}, {"context_length": 64}, {"paths": ("elsewhere",)}):
-        with pytest.raises(UserError, match="data was read for another run"):
-            train(runs.config(path, **STEPS | fields), data=whole.data)
+    for name, there, here in (
+        ("seed", 0, 1),
+        ("context_length", 32, 64),
+        ("align", 1, 2),
+        ("tokenizer", None, "elsewhere"),
+    ):
+        message = f"data was read for another run: {name} is {there} there and {here!r}"
+        with pytest.raises(UserError, match=message):
+            train(runs.config(path, **STEPS | {name: here}), data=whole.data)
 
 
 # With so small a learning rate, no parameter changes.
