@@ -8,12 +8,13 @@ last steps with the budgets that were found. Everything is what these commands d
 the options of `recipe`:
 
 jattn train --model.scheme dense --out runs/dense
-jattn train --model.scheme selective --out runs/selective --steps 1500 \
+jattn train --model.scheme selective --out runs/selective --steps 1125 \
     --optimizer.decay-fraction 0
 jattn prune runs/selective --share 0.12 --slack 100 --fraction 0.125 --decrement 2 \
     --batches 2
 jattn train --model.scheme selective --out runs/tuned --init runs/selective \
-    --model.selective.budgets 43 9 264 15 17 13 --steps 500 --memory-loss-weight 0 \
+    --model.selective.budgets 9 17 11 301 30 11 255 13 11 21 49 30 --steps 375 \
+    --memory-loss-weight 0 \
     --optimizer.warmup-steps 20 --optimizer.decay-fraction 1
 jattn eval runs/tuned
 """
@@ -62,12 +63,12 @@ def recipe(
     *,
     text: tuple[str, ...] = (),
     tokenizer: str | None = None,
-    layers: int = 8,
+    layers: int = 12,
     heads: int = 6,
-    memory_loss_weight: float = 0.06,
-    memory_loss_warmup: int = 500,
+    memory_loss_weight: float = 0.12,
+    memory_loss_warmup: int = 400,
     memory_tau: float = 4.0,
-    steps: int = 2000,
+    steps: int = 1500,
     seed: int = 0,
 ) -> TrainConfig:
     """The configuration of a selective model that is trained in one go.
@@ -324,12 +325,12 @@ def main(
     share: float,
     text: tuple[str, ...] = (),
     vocabulary: int | None = None,
-    layers: int = 8,
+    layers: int = 12,
     heads: int = 6,
-    memory_loss_weight: float = 0.06,
-    memory_loss_warmup: int = 500,
+    memory_loss_weight: float = 0.12,
+    memory_loss_warmup: int = 400,
     memory_tau: float = 4.0,
-    steps: int = 2000,
+    steps: int = 1500,
     seed: int = 0,
     folder: pathlib.Path = pathlib.Path("runs/selective_memory"),
 ) -> int:
