@@ -10,12 +10,11 @@ the options of `recipe`:
 jattn train --model.scheme dense --out runs/dense
 jattn train --model.scheme selective --out runs/selective --steps 1125 \
     --optimizer.decay-fraction 0
-jattn prune runs/selective --share 0.12 --slack 100 --fraction 0.125 --decrement 2 \
-    --batches 2
-jattn train --model.scheme selective --out runs/tuned --init runs/selective \
-    --model.selective.budgets 9 17 11 301 30 11 255 13 11 21 49 30 --steps 375 \
-    --memory-loss-weight 0 \
-    --optimizer.warmup-steps 20 --optimizer.decay-fraction 1
+jattn prune runs/selective --step 1125 --share 0.12 --slack 100 --fraction 0.125 \
+    --decrement 2 --batches 2
+jattn train --model.scheme selective --out runs/tuned --resume-from runs/selective \
+    --model.selective.budgets 9 17 11 301 30 11 255 13 11 21 49 30 \
+    --memory-loss-weight 0
 jattn eval runs/tuned
 """
 
@@ -53,9 +52,6 @@ _ALL = 10**6
 
 # Nats that no budgets cost.
 _ANY = 100.0
-
-# Steps in which the learning rate rises again when training goes on with budgets.
-_LAST_WARMUP = 20
 
 
 def recipe(
@@ -193,19 +189,20 @@ def measure(
     whole_text = data.validation_batches(_ALL)
     runs, measured = {}, {}
 
-    def measure_run(name):
-        measured[name] = _measure(load_run(folders[name]), whole_text)
+    def measure_run(name, step):
+        measured[name] = _measure(load_run(folders[name], step), whole_text)
         print(name, measured[name], flush=True)
 
     def train_run(name, config):
         runs[name] = _train(config, folders[name], data)
-        measure_run(name)
+        measure_run(name, config.steps)
 
     first, last = _parts(config)
     train_run("dense", dense)
     train_run("selective", first)
     search = PruneConfig(
         str(folders["selective"]),
+        step=first.steps,
         slack=_ANY,  # what counts is the loss after the last steps
         share=share,
         fraction=fraction,
@@ -213,9 +210,9 @@ def measure(
         batches=batches,
     )
     steps = _search(search, data)
-    measure_run("pruned")
-    last = with_budgets(last, steps[-1]["budgets"])
-    train_run("tuned", dataclasses.replace(last, init=str(folders["pruned"])))
+    measure_run("pruned", first.steps)
+    last = dataclasses.replace(last, resume_from=str(folders["selective"]))
+    train_run("tuned", with_budgets(last, steps[-1]["budgets"]))
     return {
         "context": config.data.context_length,
         "layers": config.model.num_layers,
@@ -242,21 +239,13 @@ def measure(
 
 def _parts(config: TrainConfig) -> tuple[TrainConfig, TrainConfig]:
     """A run until the learning rate falls, and the rest of it without memory loss."""
-    last_steps = round(config.optimizer.decay_fraction * config.steps)
+    decay_steps = round(config.optimizer.decay_fraction * config.steps)
     first = dataclasses.replace(
         config,
-        steps=config.steps - last_steps,
+        steps=config.steps - decay_steps,
         optimizer=dataclasses.replace(config.optimizer, decay_fraction=0.0),
     )
-    last = dataclasses.replace(
-        config,
-        steps=last_steps,
-        optimizer=dataclasses.replace(
-            config.optimizer, warmup_steps=_LAST_WARMUP, decay_fraction=1.0
-        ),
-        memory_loss_weight=0.0,
-    )
-    return first, last
+    return first, dataclasses.replace(config, memory_loss_weight=0.0)
 
 
 def _train(config: TrainConfig, out: pathlib.Path, data: Dataset) -> dict[str, Any]:
@@ -280,8 +269,8 @@ def _without_folders(config: TrainConfig) -> TrainConfig:
     paths = tuple(pathlib.Path(path).name for path in config.data.paths)
     tokenizer = config.data.tokenizer and pathlib.Path(config.data.tokenizer).name
     data = dataclasses.replace(config.data, paths=paths, tokenizer=tokenizer)
-    init = config.init and pathlib.Path(config.init).name
-    return dataclasses.replace(config, data=data, out=None, init=init)
+    resume_from = config.resume_from and pathlib.Path(config.resume_from).name
+    return dataclasses.replace(config, data=data, out=None, resume_from=resume_from)
 
 
 def _show(name: str) -> Callable[[Row], None]:

@@ -22,7 +22,8 @@
 # forget, and the memory loss makes it forget much. When the learning rate begins to
 # fall, after three quarters of the steps, `jattn prune` lowers the budgets of its
 # layers, where a token costs least, to a given part of the context. The last quarter of
-# the steps is made with these budgets.
+# the steps is made with these budgets. In these runs it began with a new optimizer and
+# at the beginning of the text; with `jattn train --resume-from` both go on.
 #
 # The runs took minutes on one GPU. This notebook shows what they left in a file of
 # results, which `python -m benchmarks.selective_memory` makes:

@@ -17,7 +17,8 @@ from jattn.train.config import (
 )
 from jattn.train.data import Dataset, load_tokenizer
 from jattn.train.evaluate import Evaluation, make_evaluator
-from jattn.train.loop import TrainedModel, TrainResult, load_run, train
+from jattn.train.load import TrainedModel, load_run
+from jattn.train.loop import TrainResult, train
 from jattn.train.presets import PRESETS
 
 __all__ = [

@@ -209,12 +209,12 @@ def checkpoints_path(out: str | os.PathLike) -> Path:
     return Path(out) / "checkpoints"
 
 
-def has_checkpoint(out: str | None) -> bool:
-    """Whether there is a run in this folder that can be continued."""
-    if out is None or not checkpoints_path(out).is_dir():
-        return False
-    with Checkpoints(checkpoints_path(out)) as checkpoints:
-        return checkpoints.latest_step() is not None
+def checkpoints_of(out: str | os.PathLike) -> Checkpoints:
+    """The checkpoints of a run, to read; UserError if there is no run."""
+    folder = checkpoints_path(out)
+    if not folder.is_dir():
+        raise UserError(f"{out} holds no run; there are no checkpoints in it")
+    return Checkpoints(folder)
 
 
 def _validation_loss(metrics: Any) -> float:

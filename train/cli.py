@@ -25,7 +25,8 @@ from jattn.train.config import TrainConfig, UserError
 from jattn.train.data import Dataset
 from jattn.train.evaluate import Evaluation, make_evaluator
 from jattn.train.generate import encode_prompt, stream_text
-from jattn.train.loop import TrainedModel, load_run, train
+from jattn.train.load import TrainedModel, load_run
+from jattn.train.loop import train
 from jattn.train.presets import PRESETS
 from jattn.train.prune import PruneConfig, PruneStep, prune
 from jattn.train.report import COLUMNS, table_rows

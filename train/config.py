@@ -114,8 +114,8 @@ class SelectiveConfig:
     Attributes:
       budgets: Tokens a layer holds, one number for all selective layers or one for
         each; whole contexts if there are none. The paper trains without, and `jattn
-        prune` finds them afterwards; some steps with them (see `TrainConfig.init`) win
-        back part of what they cost.
+        prune` finds them afterwards; some steps with them (see
+        `TrainConfig.resume_from`) win back part of what they cost.
       memory_tau: Selection from which a key counts as forgotten in the memory loss.
       skip_error: Part of a query's softmax weight that kernels may leave out to skip
         what is forgotten.
@@ -369,10 +369,12 @@ class TrainConfig:
       optimizer: How.
       out: Folder of the run: configuration, metrics and checkpoints. A run that is
         there already is continued. None to keep nothing.
-      init: Folder of a run whose parameters, those of the checkpoint with the least
-        validation loss, this one begins with. It may have another mixer with the same
-        parameters, or other budgets. None to begin with random ones.
-      steps: Optimizer steps.
+      resume_from: Folder of another run that this one goes on from, under other
+        options: its latest checkpoint's parameters, optimizer state and step, and its
+        place in the text if that is read in the same way. It may have another mixer
+        with the same parameters, other budgets or another schedule. None to begin with
+        random parameters.
+      steps: Optimizer steps, those before resume_from included.
       accumulation: Parts a batch is computed in, one after the other.
       seed: Of parameters, order of the data and masking.
       dtype: Of the computation; parameters are always float32.
@@ -393,7 +395,7 @@ class TrainConfig:
     data: DataConfig = DataConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     out: str | None = None
-    init: str | None = None
+    resume_from: str | None = None
     steps: int = 500
     accumulation: int = 1
     seed: int = 0

@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import math
-import os
 import signal
 import statistics
 import threading
@@ -12,30 +11,19 @@ from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
-import grain
 import jax
-import jax.core
-import jax.extend as jex
 import numpy as np
-from jax.interpreters import partial_eval
 
-from jattn.train.budgets import read_budgets, with_budgets
-from jattn.train.build import build_model, model_errors, parameter_count
-from jattn.train.checkpoint import Checkpoints, checkpoints_path, has_checkpoint
+from jattn.train.build import build_model, parameter_count
+from jattn.train.checkpoint import Checkpoints, checkpoints_path
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.corpus import Entropies
-from jattn.train.data import Dataset, Tokenizer, load_tokenizer
+from jattn.train.data import Dataset
 from jattn.train.evaluate import Evaluation, make_evaluator, summarize
 from jattn.train.metrics import MetricsLog, Progress, Row
 from jattn.train.optimizer import make_optimizer, make_schedule
-from jattn.train.step import (
-    MAX_SKIPPED_IN_A_ROW,
-    TrainState,
-    Window,
-    init_params,
-    init_state,
-    make_train_step,
-)
+from jattn.train.start import find_start
+from jattn.train.step import MAX_SKIPPED_IN_A_ROW, Window, make_train_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,8 +84,9 @@ def train(
       callback: Called with every line of metrics.
 
     Raises:
-      UserError: The configuration, the data or what is in config.out does not allow
-        it, the disk is full, or ten steps in a row were not finite.
+      UserError: The configuration, the data or what is in config.out or
+        config.resume_from does not allow it, the disk is full, or ten steps in a row
+        were not finite.
     """
     with contextlib.ExitStack() as stack:
         stop = stack.enter_context(StopSignal())
@@ -110,22 +99,11 @@ def train(
         batches = data.train_iterator()
         held_out = data.validation_batches(config.eval_batches)
 
-        # Before there is a folder, because these two find what does not fit.
-        with model_errors():
-            initial, shapes = jax.make_jaxpr(
-                lambda: init_state(model, optimizer, config), return_shape=True
-            )()
-
-        params = None
-        if config.init is not None and not has_checkpoint(config.out):
-            params = _params_of(config.init, shapes.params)
-
+        # Before there is a folder, because this finds what does not fit.
+        state, step, position = find_start(config, model, optimizer, data)
+        if position is not None:
+            batches.set_state(position)
         checkpoints = _open_checkpoints(config, stack)
-        state, step = _restore_or_init(
-            initial, shapes, config, checkpoints, data, batches
-        )
-        if params is not None:
-            state = state.replace(params=params)
         rows, report = _open_logs(config, step, progress, callback, stack)
 
         def save(validation: Evaluation | None) -> None:
@@ -202,79 +180,6 @@ def train(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedModel:
-    """What a checkpoint holds, ready to be used.
-
-    Attributes:
-      config: Of the run.
-      model: Its model.
-      params: Its parameters.
-      tokenizer: What its tokens mean.
-      step: Of the checkpoint.
-    """
-
-    config: TrainConfig
-    model: nn.Module
-    params: Any
-    tokenizer: Tokenizer
-    step: int
-
-
-def load_run(out: str | os.PathLike, step: int | None = None) -> TrainedModel:
-    """Loads the model of a run, with the budgets `jattn prune` found if it did.
-
-    Args:
-      out: Folder of the run, its config.out.
-      step: Which checkpoint; the one with the least validation loss if None, the
-        latest if none has one.
-
-    Raises:
-      UserError: There is no such checkpoint, or the file of budgets is damaged.
-    """
-    folder = checkpoints_path(out)
-    if not folder.is_dir():
-        raise UserError(f"{out} holds no run; there are no checkpoints in it")
-    with Checkpoints(folder) as checkpoints:
-        steps = checkpoints.steps()
-        if step is None:
-            step = checkpoints.best_step()
-        if step is None or step not in steps:
-            there = ", ".join(map(str, steps)) or "none"
-            wanted = "a checkpoint" if step is None else f"a checkpoint of step {step}"
-            raise UserError(f"{out} does not hold {wanted}; there are: {there}")
-        config = checkpoints.restore_config(step)
-        kept = read_budgets(out, step)
-        if kept is not None:
-            config = with_budgets(config, kept.budgets)
-        tokenizer = load_tokenizer(config.data.tokenizer)
-        model = build_model(config, tokenizer.vocab_size)
-        with model_errors():
-            shapes = jax.eval_shape(lambda: init_params(model, config))
-        params = checkpoints.restore_params(step, shapes)
-    return TrainedModel(config, model, params, tokenizer, step)
-
-
-def _params_of(out: str, shapes: Any) -> Any:
-    """The parameters of a run, for a model with parameters of these shapes."""
-    params = load_run(out).params
-    there, here = _shapes_by_name(params), _shapes_by_name(shapes)
-    for name in sorted(there | here):
-        if there.get(name) != here.get(name):
-            raise UserError(
-                f"this run cannot begin with the parameters of {out}: {name} is "
-                f"{there.get(name, 'absent')} there and {here.get(name, 'absent')} here"
-            )
-    return params
-
-
-def _shapes_by_name(params: Any) -> dict[str, tuple[int, ...]]:
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf.shape
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params)
-    }
-
-
 def _open_checkpoints(
     config: TrainConfig, stack: contextlib.ExitStack
 ) -> Checkpoints | None:
@@ -282,40 +187,6 @@ def _open_checkpoints(
         return None
     folder = checkpoints_path(config.out)
     return stack.enter_context(Checkpoints(folder, config.keep_checkpoints))
-
-
-def _restore_or_init(
-    initial: jex.core.ClosedJaxpr,
-    shapes: TrainState,
-    config: TrainConfig,
-    checkpoints: Checkpoints | None,
-    data: Dataset,
-    batches: grain.DatasetIterator,
-) -> tuple[TrainState, int]:
-    """The state and step of the latest checkpoint, or those before the first step."""
-    step = None if checkpoints is None else checkpoints.latest_step()
-    if checkpoints is None or step is None:
-        leaves = _compute_in_parts(initial)
-        return jax.tree.unflatten(jax.tree.structure(shapes), leaves), 0
-    state, position = checkpoints.restore(step, shapes, config)
-    if position["fingerprint"] != data.fingerprint:
-        raise UserError(
-            f"the training text has changed since the checkpoint of step {step} in "
-            f"{config.out} was written; choose another folder for this run"
-        )
-    batches.set_state(position["iterator"])
-    return state, step
-
-
-def _compute_in_parts(program: jex.core.ClosedJaxpr) -> list[jax.Array]:
-    """What a program without arguments returns, each operation compiled by itself.
-
-    Hundreds of random arrays in one program are fused into kernels that take minutes to
-    compile for a GPU, while by themselves arrays of one shape share a program.
-    """
-    used = [True] * len(program.jaxpr.outvars)
-    jaxpr, _ = partial_eval.dce_jaxpr(program.jaxpr, used)  # leaves out the model's run
-    return jax.core.eval_jaxpr(jaxpr, program.consts)
 
 
 def _open_logs(

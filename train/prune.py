@@ -16,7 +16,7 @@ from jattn.train.build import build_model, context_cache_bytes
 from jattn.train.config import TrainConfig, UserError
 from jattn.train.data import Batch, Dataset
 from jattn.train.evaluate import make_evaluator
-from jattn.train.loop import TrainedModel, load_run
+from jattn.train.load import TrainedModel, load_run
 from jattn.train.objective import Examples, causal_examples, measure
 
 # Tokens no budget goes below: the first one and the current one are never dropped.

@@ -78,6 +78,11 @@ def init_params(model: nn.Module, config: TrainConfig) -> Any:
     return variables["params"]
 
 
+def masking_key(config: TrainConfig) -> jax.Array:
+    """The key that a run's steps derive theirs from, from the seed."""
+    return jax.random.fold_in(jax.random.key(config.seed), 1)
+
+
 def init_state(
     model: nn.Module,
     optimizer: optax.GradientTransformation,
@@ -106,7 +111,7 @@ def init_state(
         params=params,
         opt_state=optimizer.init(params),
         step=zero(),
-        rng=jax.random.fold_in(jax.random.key(config.seed), 1),
+        rng=masking_key(config),
         skipped=zero(),
         skipped_in_a_row=zero(),
         window=window,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -10,11 +9,10 @@ from pathlib import Path
 
 import chex
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jattn.train import UserError, load_run, loop, train
+from jattn.train import UserError, load_run, train
 from jattn.train.checkpoint import Checkpoints
 from jattn.train.metrics import MetricsLog, read_rows
 from tests.train import runs
@@ -159,48 +157,6 @@ def test_text_that_has_been_read_is_not_read_again(whole, path, monkeypatch):
             train(runs.config(path, **STEPS | {name: here}), data=whole.data)
 
 
-# With so small a learning rate, no parameter changes.
-STILL = dict(steps=1, learning_rate=1e-30)
-
-
-@pytest.mark.parametrize("scheme", ["dense", "moba", "selective"])
-def test_a_run_begins_with_the_parameters_of_another(whole, path, scheme):
-    result = train(runs.config(path, scheme=scheme, init=whole.config.out, **STILL))
-    assert result.step == 1
-    chex.assert_trees_all_equal(result.params, load_run(whole.config.out).params)
-
-
-def test_the_run_it_began_with_is_not_needed_to_continue(whole, path, tmp_path):
-    one, other = tmp_path / "one", tmp_path / "other"
-    shutil.copytree(whole.config.out, one)
-    config = runs.config(path, init=str(one), out=str(other), **STILL)
-    train(config)
-    shutil.rmtree(one)
-    longer = dataclasses.replace(config, steps=2)
-    assert train(longer).step == 2
-    shutil.rmtree(other / "checkpoints")
-    with pytest.raises(UserError, match=f"{one} holds no run"):
-        train(longer)
-
-
-@pytest.mark.parametrize(
-    ("fields", "difference"),
-    [
-        ({"features": 32}, r"blocks/\S+ is \(16,.*\) there and \(32,.*\) here"),
-        ({"num_layers": 2}, r"blocks/layer_1/\S+ is absent there and \(.*\) here"),
-        ({"scheme": "monarch"}, r"\S+ is .*absent"),
-    ],
-)
-def test_parameters_that_do_not_fit_are_named(
-    whole, path, tmp_path, fields, difference
-):
-    out = tmp_path / "run"
-    config = runs.config(path, init=whole.config.out, out=str(out), **fields)
-    with pytest.raises(UserError, match=f"cannot begin with .*{difference}"):
-        train(config)
-    assert not out.exists()
-
-
 def test_another_configuration_in_the_same_folder_is_refused(whole):
     other = dataclasses.replace(whole.config, seed=1, accumulation=2)
     with pytest.raises(
@@ -321,16 +277,3 @@ def test_metrics_of_lost_steps_are_dropped(tmp_path):
     assert np.isnan(rows[0]["memory"])
     assert rows[2]["loss"] == 0.5
     assert read_rows(tmp_path / "nothing") == []
-
-
-def test_arrays_computed_one_by_one_leave_out_what_is_not_returned():
-    def fail():
-        raise AssertionError("nobody needs this")
-
-    def program():
-        keys = jax.random.split(jax.random.key(0))
-        jax.pure_callback(fail, jax.ShapeDtypeStruct((), jnp.float32))
-        return jax.random.normal(keys[0], (5, 3)), jax.random.uniform(keys[1], (7,))
-
-    found = loop._compute_in_parts(jax.make_jaxpr(program)())
-    chex.assert_trees_all_close(tuple(found), jax.jit(program)(), rtol=1e-6)

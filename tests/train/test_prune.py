@@ -316,7 +316,8 @@ def test_a_pruned_run_keeps_its_loss_with_less_cache(run):
 def test_a_run_is_pruned_to_a_size_and_goes_on_with_it(run, path):
     *_, last = prune(PruneConfig(run=run, slack=9.0, decrement=6, share=0.3))
     assert sum(last.budgets) == 19  # of 64
-    config = with_budgets(selective(path, init=run, learning_rate=1e-3), last.budgets)
+    config = selective(path, resume_from=run, steps=12, memory_loss_weight=0.0)
+    config = with_budgets(config, last.budgets)
     tuned = train(config)
     assert tuned.validation.loss < last.loss
     cache = tuned.model.init_cache(1, 32)
