@@ -89,7 +89,7 @@ def test_help_shows_a_preset(capsys):
         assert exit_.value.code == 0
         text = " ".join(capsys.readouterr().out.split())
         assert "below, or of --preset {simplicial-transformer}." in text
-        assert f"Optimizer steps. (default: {steps})" in text
+        assert f"resume_from included. (default: {steps})" in text
 
 
 @pytest.mark.parametrize("arguments", [["--preset", "simplicial"], ["--preset"]])
