@@ -345,7 +345,8 @@ def main(
     Returns:
       Exit code.
     """
-    folder = folder / f"{context}_{layers}_{heads}_{seed}"
+    # The learning rate falls with the end in view: more steps are another experiment.
+    folder = folder / f"{context}_{layers}_{heads}_{steps}_{seed}"
     tokenizer = None
     if vocabulary is not None:
         path = train_tokenizer(text, vocabulary, folder / "tokenizer.json")

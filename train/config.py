@@ -374,7 +374,7 @@ class TrainConfig:
         place in the text if that is read in the same way. It may have another mixer
         with the same parameters, other budgets or another schedule. None to begin with
         random parameters.
-      steps: Optimizer steps, those before resume_from included.
+      steps: Optimizer steps, with those of resume_from included.
       accumulation: Parts a batch is computed in, one after the other.
       seed: Of parameters, order of the data and masking.
       dtype: Of the computation; parameters are always float32.

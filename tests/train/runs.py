@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import resource
+from collections.abc import Iterable
 
 from jattn.train import (
     DataConfig,
@@ -11,6 +12,7 @@ from jattn.train import (
     OptimizerConfig,
     TrainConfig,
 )
+from jattn.train.metrics import Row
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "saw", "that", "dog", "eat")
 
@@ -33,6 +35,11 @@ def write_text(folder, size: int = 20_000, seed: int = 0) -> str:
     path = folder / f"text{seed}.txt"
     path.write_bytes(text(size, seed))
     return str(path)
+
+
+def without_speed(rows: Iterable[Row]) -> list[Row]:
+    """Lines of metrics without what differs from run to run."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
 
 
 def config(path: str, **fields) -> TrainConfig:

@@ -36,13 +36,9 @@ def whole(path, tmp_path_factory):
     return train(runs.config(path, out=out, **STEPS))
 
 
-def without_speed(rows):
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in rows]
-
-
 def assert_same_run(result, expected):
     chex.assert_trees_all_equal(result.params, expected.params)
-    assert without_speed(result.rows) == without_speed(expected.rows)
+    assert runs.without_speed(result.rows) == runs.without_speed(expected.rows)
     assert result.validation == expected.validation
     assert result.step == expected.step == 10
     assert not result.interrupted

@@ -32,10 +32,6 @@ def start_of(config):
     return start.find_start(config, model, optimizer, data)
 
 
-def without_speed(row):
-    return {name: x for name, x in row.items() if name != "tokens_per_second"}
-
-
 def test_a_run_in_two_parts_is_the_run_in_one_go(path, tmp_path):
     def config(name, **fields):
         # The learning rate is constant until its last third.
@@ -49,9 +45,9 @@ def test_a_run_in_two_parts_is_the_run_in_one_go(path, tmp_path):
     chex.assert_trees_all_equal(result.params, whole.params)
     assert result.step == 9
     assert [row["step"] for row in result.rows] == [8, 9, 9]
-    assert list(map(without_speed, result.rows)) == [
-        without_speed(row) for row in whole.rows if row["step"] > 6
-    ]
+    assert runs.without_speed(result.rows) == runs.without_speed(
+        row for row in whole.rows if row["step"] > 6
+    )
 
     # The first part is as it was, and not needed to continue the last one.
     assert load_run(first).step == 6
