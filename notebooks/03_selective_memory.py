@@ -26,9 +26,9 @@
 # optimizer, by `jattn train --resume-from`. Both models see the same batches with the
 # same learning rates.
 #
-# The runs took minutes, two of them at a time on one GPU: the speeds in the file are not
-# those of a run that has a GPU to itself. This notebook shows what they left in a file
-# of results, which `python -m benchmarks.selective_memory` makes:
+# The runs took minutes, two of them at a time on one GPU: the speeds in the file are
+# not those of a run that has a GPU to itself. This notebook shows what they left in a
+# file of results, which `python -m benchmarks.selective_memory` makes:
 #
 # ```
 # python -m benchmarks.selective_memory --context 512 --vocabulary 4096 --share 0.1235 \
@@ -77,10 +77,10 @@ for title, some in experiments:
 # The losses are nats per token over all of the held-out text, a twentieth of it all.
 # The search for the budgets compared losses on two batches of it only.
 #
-# With 12.1 times less cache at 1024 tokens, and with 8.1 times less at 512, the selective
-# model is better than the dense one with both seeds. With 16.1 times less at 1024 it is
-# better with one seed and 0.012 worse with the other; with 10.1 times less at 512 it is
-# 0.002 and 0.004 worse.
+# With 12.1 times less cache at 1024 tokens, and with 8.1 times less at 512, the
+# selective model is better than the dense one with both seeds. With 16.1 times less at
+# 1024 it is better with one seed and 0.012 worse with the other; with 10.1 times less
+# at 512 it is 0.002 and 0.004 worse.
 
 
 # %%
