@@ -185,6 +185,17 @@ def measure(
         "pruned": folder / selective,
         "tuned": folder / f"{selective}_{share:g}",
     }
+    first, last = _parts(config)
+    # Before the training, because this finds numbers that are out of range.
+    search = PruneConfig(
+        str(folders["selective"]),
+        step=first.steps,
+        slack=_ANY,  # what counts is the loss after the last steps
+        share=share,
+        fraction=fraction,
+        decrement=decrement,
+        batches=batches,
+    )
     data = Dataset.of(config)
     whole_text = data.validation_batches(_ALL)
     runs, measured = {}, {}
@@ -197,18 +208,8 @@ def measure(
         runs[name] = _train(config, folders[name], data)
         measure_run(name, config.steps)
 
-    first, last = _parts(config)
     train_run("dense", dense)
     train_run("selective", first)
-    search = PruneConfig(
-        str(folders["selective"]),
-        step=first.steps,
-        slack=_ANY,  # what counts is the loss after the last steps
-        share=share,
-        fraction=fraction,
-        decrement=decrement,
-        batches=batches,
-    )
     steps = _search(search, data)
     measure_run("pruned", first.steps)
     last = dataclasses.replace(last, resume_from=str(folders["selective"]))

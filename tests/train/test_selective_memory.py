@@ -6,7 +6,7 @@ import json
 import pytest
 
 from benchmarks import selective_memory
-from jattn.train import TrainConfig
+from jattn.train import TrainConfig, UserError
 from tests.train import runs
 
 
@@ -25,7 +25,7 @@ def experiment(tmp_path, compiled_programs, monkeypatch):
             return dataclasses.replace(config, model=model, data=data, seed=seed)
 
         monkeypatch.setattr(selective_memory, "recipe", recipe)
-        options |= {"context": 32, "share": 0.3, "seed": seed}
+        options = {"context": 32, "share": 0.3, "seed": seed} | options
         options["folder"] = tmp_path / "runs"
         assert not selective_memory.main(out=out, **options)
         return json.loads(out.read_text())["results"]
@@ -85,3 +85,9 @@ def test_it_trains_a_tokenizer(experiment):
         assert TrainConfig.from_json(run["config"]).data.tokenizer == "tokenizer.json"
     tokens = result["measured"]["dense"]["tokens"]
     assert tokens < result["text"]["validation_bytes"]
+
+
+def test_a_share_out_of_range_is_found_before_the_training(experiment, tmp_path):
+    with pytest.raises(UserError, match=r"share must be .* less than 1; got 1.5"):
+        experiment(1, share=1.5)
+    assert not (tmp_path / "runs").exists()
